@@ -147,16 +147,14 @@ def test_code_in_another_folder_imports_everything(tmp_path):
     assert {path.name for path in (packages / "bin").iterdir()} == {f"moco-lora-{name}" for name in HELP}
 
 
-SCRIPTS = [("finetune_lora", "toolkit"), ("deploy_lora", "lora"), ("moco_lora", "moco")]
-
-
-@pytest.mark.parametrize(("script", "package"), SCRIPTS)
-def test_a_package_of_the_users_in_the_way_is_named(script, package, tmp_path):
-    touch(tmp_path, f"{package}/__init__.py")
-    run = f"import sys; sys.path[:0] = {[str(tmp_path), str(ROOT)]}; import {script}"
-    done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True, cwd=tmp_path)
-    told = f"ImportError: {tmp_path / package} is in the way of {ROOT / package}, which the toolkit imports: rename it"
-    assert told in done.stderr.splitlines()[-1]
+def test_a_package_of_the_users_in_the_way_is_named(tmp_path):
+    for script, package in {"finetune_lora": "toolkit", "deploy_lora": "lora", "moco_lora": "moco"}.items():
+        users = tmp_path / script
+        touch(users, f"{package}/__init__.py")
+        run = f"import sys; sys.path[:0] = {[str(users), str(ROOT)]}; import {script}"
+        done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True, cwd=tmp_path)
+        told = f"ImportError: {users / package} is in the way of {ROOT / package}, which the toolkit imports: rename it"
+        assert told in done.stderr.splitlines()[-1]
 
 
 HELP = {"finetune": "--data-dir", "deploy": "predict", "pretrain": "--moco-version"}

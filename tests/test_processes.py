@@ -227,24 +227,21 @@ def test_pretraining_in_two_processes_is_that_in_one(options, base, tmp_path, wa
         assert_same_rows(tmp_path / "out", tmp_path / "alone")
 
 
-@pytest.mark.parametrize(
-    ("module", "argv", "told"),
-    [
-        ("finetune_lora", "{lora} --data-dir {own}", "{own}/train/dark/3.png: not a readable image"),  # for one of them
-        ("finetune_lora", "{lora} --output-dir {own}", "another run or command (process"),
-        ("moco.pretrain", "{pretrain} --batch-size 5", "--batch-size 5: not a multiple of the 2 processes"),
-        ("deploy_lora", "demo lora.pth", "torchrun starts several: start it with python"),  # they would wait for ever
-    ],
-)
-def test_what_is_wrong_stops_both_with_one_line(options, images, tmp_path, module, argv, told):
+def test_what_is_wrong_stops_both_with_one_line(options, images, tmp_path):
     own = shutil.copytree(images, tmp_path / "own")
-    (own / "train/dark/3.png").write_bytes(b"\x89PNG")
-    argv = argv.format(lora=options("lora"), pretrain=options("pretrain"), own=own)
-    with output_folder.held(own):
-        children = completed(module, argv, tmp_path / "log", codes=2)
-        assert names_in(own) == {"train", "val", output_folder.LOCK}
-    [line] = [line for child in children for line in child.output.splitlines() if line.startswith("error: ")]
-    assert told.format(own=own) in line and not any("Traceback" in child.output for child in children)
+    (own / "train/dark/3.png").write_bytes(b"\x89PNG")  # for one of them
+    wrong = (
+        ("finetune_lora", f"{options('lora')} --data-dir {own}", f"{own}/train/dark/3.png: not a readable image"),
+        ("finetune_lora", f"{options('lora')} --output-dir {own}", "another run or command (process"),
+        ("moco.pretrain", f"{options('pretrain')} --batch-size 5", "--batch-size 5: not a multiple of the 2 processes"),
+        ("deploy_lora", "demo lora.pth", "torchrun starts several: start it with python"),  # they would wait for ever
+    )
+    for number, (module, argv, told) in enumerate(wrong):
+        with output_folder.held(own):
+            children = completed(module, argv, tmp_path / f"log {number}", codes=2)
+            assert names_in(own) == {"train", "val", output_folder.LOCK}
+        [line] = [line for child in children for line in child.output.splitlines() if line.startswith("error: ")]
+        assert told in line and not any("Traceback" in child.output for child in children)
 
 
 @pytest.mark.slow
@@ -524,25 +521,23 @@ def test_copies_and_files_of_a_model_share_too(monkeypatch, freezable, tmp_path)
 
 # ---------- what processes of a loader work on can be sent to them, as Python 3.14 does on Linux and others do always
 
-LISTED = "--data-dir {hospital} --group-by Patient --data-list {hospital}/"
-RUNS = {
-    "images in folders": "--augmentation trivial",
-    "images without labels": "--labels-per-class 5 --unlabelled {images}/train",
-    "several labels": f"--task multilabel {LISTED}labels.csv",
-    "numbers": f"--task regression {LISTED}numbers.csv",
-    "masks": "--task segmentation --data-dir {pairs} --augmentation crop",
-    "cached features": "--adapt-last 1 --cache-features disk",
-}
 
-
-@pytest.mark.parametrize("name", RUNS)
-def test_what_loaders_of_a_run_hold_can_be_pickled(start, hospital, pairs, images, name):
-    data.OPEN_LOADERS.clear()  # of other tests
-    loaders = start(RUNS[name].format(hospital=hospital, pairs=pairs, images=images)).loaders
-    opened = list(data.OPEN_LOADERS)
-    for loader in opened:
-        pickle.dumps((loader.dataset, loader.collate_fn, loader.worker_init_fn))
-    assert loaders.train in opened and len(opened) >= 3
+def test_what_loaders_of_a_run_hold_can_be_pickled(start, hospital, pairs, images):
+    listed = f"--data-dir {hospital} --group-by Patient --data-list {hospital}"
+    for options in (
+        "--augmentation trivial",
+        f"--labels-per-class 5 --unlabelled {images}/train",
+        f"--task multilabel {listed}/labels.csv",
+        f"--task regression {listed}/numbers.csv",
+        f"--task segmentation --data-dir {pairs} --augmentation crop",
+        "--adapt-last 1 --cache-features disk",
+    ):
+        data.OPEN_LOADERS.clear()  # of other runs
+        loaders = start(options).loaders
+        opened = list(data.OPEN_LOADERS)
+        for loader in opened:
+            pickle.dumps((loader.dataset, loader.collate_fn, loader.worker_init_fn))
+        assert loaders.train in opened and len(opened) >= 3
 
 
 def test_processes_that_wait_for_the_next_pass_end():
