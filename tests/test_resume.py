@@ -320,7 +320,7 @@ def test_an_earlier_runs_files_and_nothing_else_are_moved_aside(tmp_path, capsys
         output_folder.begin_folder(folder, (*files, "results.json"), resumed)
         assert names_in(folder) == {"notes.txt", *left}
         printed = capsys.readouterr().out
-        assert told in printed and bool(told) == bool(printed)
+        assert told in printed and bool(told) == bool(printed) == printed.endswith("of that run: notes.txt\n")
     output_folder.begin_folder(folder, ("lora.pth",))  # there is nothing to move
     moved = {path.name: names_in(path) for path in tmp_path.iterdir() if path != folder}
     assert moved == {"lora-1": {*files, "results.json"}, "lora-2": files}

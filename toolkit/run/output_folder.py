@@ -174,3 +174,5 @@ def _move_aside(folder: Path, names: list[str]) -> None:
         raise
     unfinished = ", unfinished (--resume with this --output-dir goes on with it)" if is_unfinished else ""
     print(f"the earlier run in {folder} is now in {aside}{unfinished}")
+    if stays := sorted(name for name in os.listdir(folder) if not name.startswith(".")):
+        print(f"  what else is there stays, even if it was made of that run: {listed(stays)}")
