@@ -84,15 +84,8 @@ def adapter(base, tmp_path_factory) -> Path:
     return adapter_file(tmp_path_factory.mktemp("trained") / "lora.pth", base)
 
 
-@torch.no_grad()
-def answers_one_by_one(adapter: Path, paths: list[Path | str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The features and the logits of images, as the README predicts."""
-    model, info = load_finetuned(adapter)
-    images = torch.stack([info["transform"](Image.open(path)) for path in paths])
-    return headless(model)(images), torch.cat(list(map(model, images.split(1))))
-
-
-def test_predictions_and_features_are_those_of_the_model(adapter, images, tmp_path, capsys):
+def test_answers_features_and_figures_are_those_of_the_model(adapter, images, tmp_path, capsys):
+    """A folder of class folders is evaluated whole; of one with a val/ that is meant."""
     single = images / "train/dark/0.png"
     output = tmp_path / "predictions.csv"
     rows = run("predict --batch-size 4 --device cpu", adapter, images / "val", single, single, "--output", output)
@@ -100,17 +93,38 @@ def test_predictions_and_features_are_those_of_the_model(adapter, images, tmp_pa
     assert f"wrote {output}: 16 images" in capsys.readouterr().out
     paths = [*map(str, sorted((images / "val").glob("*/*.png"))), str(single)]  # which is there once
     assert column(rows, "path") == paths
-    features, logits = answers_one_by_one(adapter, paths)
+    model, info = load_finetuned(adapter)
+    inputs = torch.stack([info["transform"](Image.open(path)) for path in paths])
+    with torch.no_grad():
+        features = headless(model)(inputs)
+        logits = torch.cat(list(map(model, inputs.split(1))))
     for row, probabilities in zip(rows, logits.softmax(1), strict=True):
         ranked = probabilities.argsort(descending=True).tolist()
         assert list(row) == ["path", "class", "probability", "class_2", "probability_2", "class_3", "probability_3"]
         assert list(row.values())[1::2] == [CLASSES[i] for i in ranked]
         assert float(row["probability"]) == pytest.approx(probabilities.max().item(), abs=1e-4)
+
     found = run("embed --batch-size 4 --device cpu", adapter, images / "val", single, "--output", tmp_path / "f.npy")
     written = torch.from_numpy(np.load(tmp_path / "f.npy"))
     assert torch.equal(written, found) and written.dtype == torch.float32
     assert_close(written, features, FP32)
     assert column(rows_of(tmp_path / "f_paths.csv"), "path") == paths
+
+    capsys.readouterr()
+    results = run("evaluate --device cpu", adapter, images, "--output", tmp_path / "r.json")
+    told = capsys.readouterr().out
+    assert results == run("evaluate --device cpu", adapter, images / "val")
+    assert json.loads((tmp_path / "r.json").read_text()) == results
+    hits = logits[:15].argmax(1) == torch.arange(15) // 5
+    assert results["images"] == 15 and results["accuracy"] == pytest.approx(hits.float().mean().item())
+    assert [*results["accuracy_per_class"].values()] == pytest.approx(hits.view(3, 5).double().mean(1).tolist())
+    assert results["accuracy_interval"] == pytest.approx(measures.share_interval(hits))
+    assert f" of 15 images, {results['accuracy']:.2%} (95% interval" in told
+    assert f"{'images':<22}15 in {images}/val\n" in told
+    for page in (tmp_path / "r.html", adapter.with_name("lora_evaluation.html")):
+        text = page.read_text()
+        assert f"accuracy {results['accuracy']:.2%} on 15 images" in text and "By class" in text
+        assert "Mistakes" in text and "Settings" not in text and "By epoch" not in text
 
 
 def test_images_that_cannot_be_read_are_listed_and_left_out(adapter_for_images, tmp_path, capsys):
@@ -158,25 +172,6 @@ def test_answers_in_parts_go_on_where_they_were_stopped(adapter, images, tmp_pat
     with pytest.raises(InputError, match="whole: its answers were made with other --precision; name another folder"):
         write("whole", "--resume", "--precision", "bf16")
     write("whole", "--resume", "--precision", "fp32")  # which is what a CPU computes in
-
-
-def test_evaluation_counts_all_images_of_a_folder(adapter, images, tmp_path, capsys):
-    """A folder of class folders counts whole; of one with a val/ that is meant."""
-    results = run("evaluate --device cpu", adapter, images, "--output", tmp_path / "r.json")
-    told = capsys.readouterr().out
-    assert results == run("evaluate --device cpu", adapter, images / "val")
-    assert json.loads((tmp_path / "r.json").read_text()) == results
-    _, logits = answers_one_by_one(adapter, sorted((images / "val").glob("*/*.png")))
-    hits = logits.argmax(1) == torch.arange(15) // 5
-    assert results["images"] == 15 and results["accuracy"] == pytest.approx(hits.float().mean().item())
-    assert [*results["accuracy_per_class"].values()] == pytest.approx(hits.view(3, 5).double().mean(1).tolist())
-    assert results["accuracy_interval"] == pytest.approx(measures.share_interval(hits))
-    assert f" of 15 images, {results['accuracy']:.2%} (95% interval" in told
-    assert f"{'images':<22}15 in {images}/val\n" in told
-    for page in (tmp_path / "r.html", adapter.with_name("lora_evaluation.html")):
-        text = page.read_text()
-        assert f"accuracy {results['accuracy']:.2%} on 15 images" in text and "By class" in text
-        assert "Mistakes" in text and "Settings" not in text and "By epoch" not in text
 
 
 @pytest.fixture

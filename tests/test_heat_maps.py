@@ -101,19 +101,17 @@ def test_maps_with_their_channels_at_the_end_are_maps_as_well_and_without_blocks
         grad_cam(torch.nn.Linear(3, 2), torch.zeros(1, 3))
 
 
-@pytest.fixture
-def explain(once):
-    """explain("out", "images") has such images explained into a folder; the pictures."""
-    command = ["explain", str(once / "lora.pth"), "--output"]
-    return lambda output, *words: deploy_lora.main([*command, *map(str, (output, *words))])
+def test_explain_draws_each_image_in_its_folder_under_its_name_and_answer(once, tmp_path, monkeypatch, capsys, spy):
+    """What is no image is left out; what is there is not replaced."""
 
+    def explain(output, *words):
+        return deploy_lora.main(["explain", f"{once}/lora.pth", "--output", *map(str, (tmp_path / output, *words))])
 
-def test_explain_draws_each_image_in_its_folder_and_leaves_out_what_is_none(explain, tmp_path, capsys):
     mine = tmp_path / "mine"
     for place in ("p1/1.png", "p2/1.png"):
         save_image(mine / place, Image.new("RGB", (30, 20)))
     (mine / "broken.jpg").write_bytes(b"no image")
-    written = explain(tmp_path / "out", mine)
+    written = explain("out", mine)
     assert written == [tmp_path / "out/p1/1.png", tmp_path / "out/p2/1.png"]
     assert Image.open(written[0]).size == (720, 408)
     printed = capsys.readouterr().out
@@ -122,24 +120,22 @@ def test_explain_draws_each_image_in_its_folder_and_leaves_out_what_is_none(expl
     (mine / "list.csv").write_text("p1/1.png\np2/1.png\n")
     with pytest.raises(InputError, match=r"what is written would replace .*p1/1\.png"):
         explain(shutil.copytree(mine, tmp_path / "theirs"), mine / "list.csv")
-    assert explain(tmp_path / "out", mine, "--resume") == written
+    assert explain("out", mine, "--resume") == written
 
-
-def test_the_name_and_the_answer_stand_over_a_picture_whole(explain, tmp_path, monkeypatch, spy):
     titles = []
     monkeypatch.setattr(deploy_lora, "save_figure", lambda figure, _: titles.append(figure.get_suptitle()))
     explain_one = spy(Explainer, "explain")
     name = "a-name-that-is-as-long-as-names-of-images-with-their-date-and-place-sometimes-are.png"
     image = save_image(tmp_path / name, Image.new("RGB", (20, 20)))
-    explain(tmp_path / "out", image)
-    explain(tmp_path / "three", image, "--label", "dark")
+    explain("one", image)
+    explain("three", image, "--label", "dark")
     for title in titles:
         assert title.replace("\n", "").startswith(f"{name}:")
         assert len(re.findall(r"probability(_\d)? [01]\.\d{4}", title.replace("\n", " "))) == 3
     assert "dark:" in titles[1]
     assert [of for (*_, of), _ in explain_one.call_args_list] == [None, CLASSES.index("dark")]
     with pytest.raises(InputError, match=r"--label drak: no such class, label or number: did you mean.*dark"):
-        explain(tmp_path / "none", image, "--label", "drak")
+        explain("none", image, "--label", "drak")
 
 
 @pytest.mark.slow

@@ -65,7 +65,7 @@ def test_a_card_of_masks_says_by_what_it_was_trained_on_what_and_what_that_gaine
     assert "--output maps " in text and "Settings, of version 0.1 of" in text
 
 
-def test_a_card_names_a_published_base_and_its_licence():
+def test_a_card_names_the_base_its_licence_and_what_made_the_adapter_another():
     text = card_of(checkpoint="/somewhere/moco_v2_800ep_pretrain.pth.tar", config=3)
     assert "\nlicense: cc-by-nc-4.0\n" in text and "trained over `moco-v2-800ep`" in text
     assert "what is made of it: cc-by-nc-4.0 (https://dl.fbaipublicfiles.com/moco/" in text
@@ -73,10 +73,7 @@ def test_a_card_names_a_published_base_and_its_licence():
     data = {"data_dir": "/mine/tulips", "dataset": "imagefolder"}
     text = card_of(checkpoint="/mine/moco-v2-of-my-own.pth", config={"data": data})
     assert "\nlicense: unknown\n" in text and "` on tulips: " in text
-
-
-def test_a_card_says_what_made_the_adapter_another_and_where_the_stage_1_adapter_has_to_lie():
-    """Else nobody could load it: `load_finetuned` looks for that beside the file."""
+    # `load_finetuned` looks for a stage-1 adapter beside the file.
     text = card_of(**{"thresholds chosen": "for f1, in /mine/list.csv", "stage1_adapter": "/mine/moco_lora.pth"})
     assert "Not measured since the thresholds were chosen anew, for f1: `threshold` below is the run's." in text
     assert "`moco_lora.pth`, which is merged into it, has to lie next to `lora.pth`" in text

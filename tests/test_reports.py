@@ -255,9 +255,7 @@ def test_the_worst_answer_is_shown_first_and_all_are_columns(labels, numbers):
     assert columns["cat"][0] == "" and set(columns["cat"][1:]) == {"0", "1"}
     assert float(columns["cat probability"][3]) == pytest.approx(0.99)
     assert numbers.answer_columns()["weight answer"][5] == "100" and numbers.answer_columns()["age"][0] == ""
-
-
-def test_a_mistake_is_on_the_wrong_side_of_its_threshold_or_far_by_its_spread():
+    # A mistake is on the wrong side of its threshold, or far by its spread.
     targets = torch.tensor([[1.0], [0.0], [1.0], [0.0]])
     task = MultiLabel(["rare"], targets, thresholds=torch.tensor([0.1]))
     answers = multilabel.LabelAnswers(0.1, torch.tensor([[0.15], [0.3], [0.05], [0.08]]), targets)
@@ -276,16 +274,12 @@ def test_pictures_are_drawn_where_nothing_is_wrong_too(labels, numbers, tmp_path
     numbers.draw_mistakes(images(20), tmp_path / "none.png")
     titles = [figure.texts[0].get_text() for (figure, _), _ in save.call_args_list]
     assert titles == ["The largest errors", "The largest errors: none"]
+    drawn = spy(regression, "save_figure")
     for report in (labels, numbers, many):
         report.draw(tmp_path / report.picture)
     sizes = {path.stem: Image.open(path).size for path in tmp_path.iterdir()}
     assert sizes.pop("none")[1] < sizes["mistakes"][1] and min(sizes.values())[0] > 300
-
-
-def test_answers_are_drawn_over_the_truth(numbers, spy, tmp_path):
-    save = spy(regression, "save_figure")
-    numbers.draw(tmp_path / "picture.png")
-    points, line = save.call_args.args[0].axes[1].lines
+    points, line = drawn.call_args.args[0].axes[1].lines  # answers over the truth
     answers = numbers.answers
     assert points.get_xydata().tolist() == torch.stack([answers.targets[:, 1], answers.values[:, 1]], 1).tolist()
     assert list(line.get_xdata()) == list(line.get_ydata()) == [1, 39]
