@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 import deploy_lora
-import finetune_lora
 from finetune_lora import load_finetuned
 from lora.adapter_file import write_adapter_file
 from moco import pretrain
@@ -45,20 +44,15 @@ def tiffs(tmp_path_factory) -> Path:
     return folder
 
 
-def run(base: Path, tiffs: Path, output: Path, options: str) -> dict:
-    argv = f"--checkpoint {base} --data-dir {tiffs} --output-dir {output} --batch-size 8 --epochs 1"
-    return finetune_lora.main([*argv.split(), "--learning-rate=1e-3", *options.split(), *ON_CPU])
-
-
-def test_a_folder_of_13_band_tiffs_goes_through_stage_1_and_every_command(base, tiffs, tmp_path, capsys):
+def test_a_folder_of_13_band_tiffs_goes_through_stage_1_and_every_command(base, tiffs, finetune, tmp_path, capsys):
     """A stage-1 adapter knows the channels that its base was fitted to, and what the numbers mean."""
     argv = f"--checkpoint {base} --channels 13 --scale 10000 --lora-rank 2 --data-dir {tiffs} --epochs 1 --batch-size 8"
     stage1 = pretrain.main([*argv.split(), f"--output-dir={tmp_path}/stage1", "--dim=8", "--mlp-dim=8", *ON_CPU])
     assert "loaded, the first layer fitted from 3 channels, in their order" in capsys.readouterr().out
-    told = f"--lora-rank 2 --stage1-adapter {stage1['checkpoint']}"
+    told = f"--data-dir {tiffs} --workers 0 --epochs 1 --lora-rank 2 --stage1-adapter {stage1['checkpoint']}"
     with pytest.raises(InputError, match=r"moco_lora.pth is for images of 13 channels, not 5: leave out --channels"):
-        run(base, tiffs, tmp_path / "other", f"{told} --channels 5")
-    results = run(base, tiffs, tmp_path / "out", told)
+        finetune(f"{told} --channels 5", "other")
+    results = finetune(told)
     adapter = tmp_path / "out/lora.pth"
     model, about = load_finetuned(adapter)
     assert input_channels(model) == about["channels"] == results["normalization"]["channels"] == 13
@@ -77,11 +71,11 @@ def test_a_folder_of_13_band_tiffs_goes_through_stage_1_and_every_command(base, 
     assert (tmp_path / "chosen/to_label.html").read_text().count("data:image/jpeg") == 2
 
 
-def test_random_weights_are_for_any_number_of_channels_and_what_is_measured_is_kept(tiffs, tmp_path, capsys):
-    options = "--channels 2 --bands 4,2 --lora-rank 0 --no-freeze-backbone --normalise data --arch vit_mini"
-    told = run("none", tiffs, tmp_path, f"{options} --image-size 16")["normalization"]
+def test_random_weights_are_for_any_number_of_channels_and_what_is_measured_is_kept(tiffs, finetune, tmp_path, capsys):
+    options = f"--data-dir {tiffs} --channels 2 --bands 4,2 --lora-rank 0 --no-freeze-backbone --normalise data"
+    told = finetune(f"{options} --checkpoint none --arch vit_mini --image-size 16 --epochs 1")["normalization"]
     assert "measured on 15 training images" in capsys.readouterr().out
-    model, about = load_finetuned(tmp_path / "lora.pth")
+    model, about = load_finetuned(tmp_path / "out/lora.pth")
     assert (input_channels(model), about["bands"]) == (2, ["4", "2"])
     stacked = np.stack([tifffile.imread(path) for path in (tiffs / "train").rglob("*.tif")])[..., [3, 1]].astype(float)
     for name, measure in (("mean", np.mean), ("std", np.std)):

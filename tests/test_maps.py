@@ -31,6 +31,7 @@ from toolkit.models import dense
 tifffile = pytest.importorskip("tifffile")
 UTM = (1, 1, 0, 3, 1024, 0, 1, 1, 1025, 0, 1, 1, 3072, 0, 1, 32632)
 CODES = (33550, 33922, 34264, 34735, 34736, 34737)
+AN_EPOCH = "--task segmentation --lora-rank 2 --augmentation crop --workers 0 --batch-size 4 --epochs 1"
 
 
 def geotags(keys=UTM, matrix=None):
@@ -84,25 +85,19 @@ def tiffs(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(finetune_into, tmp_path_factory):
-    """trained("--classes dark bright") trains for an epoch; the adapter."""
-    argv = "--task segmentation --lora-rank 2 --augmentation crop --workers 0 --batch-size 4 --epochs 1"
-    return lambda options: finetune_into(tmp_path_factory.mktemp("run"), f"{argv} {options}")["folder"] / "lora.pth"
-
-
-@pytest.fixture(scope="module")
-def of_pairs(trained, pairs) -> Path:
+def of_pairs(finetune_into, pairs, tmp_path_factory) -> Path:
     """The adapter of a ViT for windows of 16 pixels, with a base in 4 bits, and adapters in one block."""
-    argv = f"--data-dir {pairs} --classes dark bright --use-qlora --adapt-last 1"
-    return trained(f"{argv} --class-weights balanced --keep-best miou")
+    argv = f"{AN_EPOCH} --data-dir {pairs} --classes dark bright --use-qlora --adapt-last 1 --class-weights balanced"
+    return finetune_into(tmp_path_factory.mktemp("run"), f"{argv} --keep-best miou")["folder"] / "lora.pth"
 
 
 @pytest.fixture(scope="module")
-def of_tiffs(trained, tiffs, tmp_path_factory) -> Path:
+def of_tiffs(finetune_into, tiffs, tmp_path_factory) -> Path:
     """The adapter of a ResNet-18 for windows of 64 pixels of four channels."""
     base = save_base(tmp_path_factory.mktemp("resnet") / "base.pth", "resnet18", 64, 4)
-    argv = f"--checkpoint {base} --data-dir {tiffs} --classes {tiffs}/classes.txt --channels 4 --scale 10000"
-    return trained(f"{argv} --normalise data --image-size 64")
+    argv = f"{AN_EPOCH} --checkpoint {base} --data-dir {tiffs} --classes {tiffs}/classes.txt --channels 4 --scale 10000"
+    argv += " --normalise data --image-size 64"
+    return finetune_into(tmp_path_factory.mktemp("run"), argv)["folder"] / "lora.pth"
 
 
 def logits_of(adapter: Path, image) -> torch.Tensor:

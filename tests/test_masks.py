@@ -27,6 +27,7 @@ THREE = Classes(("sea", "land", "ice"))
 COLOURS = ((0, 0, 255), (0, 200, 0), (255, 255, 255))
 BLACK_LAST = Classes(("cell", "ground"), colours=((255, 255, 255), (0, 0, 0)))
 IN_COLOURS = Classes(("sea", "land", "ice"), colours=COLOURS, unknown=((9, 9, 9),))
+TWO_BANDS = {"mean": (0, 0), "std": (1, 1), "bands": Bands(2)}
 TABLE = np.full((256, 3), 9, np.uint8)
 TABLE[:3] = COLOURS
 RGB = TABLE[LEVELS]
@@ -381,10 +382,6 @@ def ramp(height: int, width: int, channels: int) -> tuple[np.ndarray, torch.Tens
     return np.stack([mask.astype(np.float32)] * channels, axis=2), torch.from_numpy(mask)
 
 
-def crop_of_two_bands(size: int, augmentation: str):
-    return pair_transforms(size, augmentation, mean=(0,) * 2, std=(1,) * 2, bands=Bands(2))[0]
-
-
 @pytest.mark.parametrize("augmentation", ["crop", "none"])
 @pytest.mark.parametrize(("height", "width"), [(100, 120), (40, 130), (20, 17)])
 @pytest.mark.parametrize(("channels", "scale"), [(3, 255), (5, 10)])
@@ -420,7 +417,7 @@ def test_a_crop_has_a_known_pixel_wherever_these_are(augmentation):
     mask = torch.full((300, 200), UNKNOWN)
     for row, column in ((0, 0), (299, 199), (150, 20)):
         mask[row : row + 3, column : column + 3] = 1
-    crop = crop_of_two_bands(32, augmentation)
+    crop, _ = pair_transforms(32, augmentation, **TWO_BANDS)
     image = (mask == 1).float().numpy()[..., None].repeat(2, 2)
     columns = []
     for _ in range(60):
@@ -434,7 +431,7 @@ def test_a_crop_has_a_known_pixel_wherever_these_are(augmentation):
 
 def test_places_and_zooms_vary():
     image, mask = ramp(100, 120, 2)
-    crop = crop_of_two_bands(32, "crop")
+    crop, _ = pair_transforms(32, "crop", **TWO_BANDS)
     spans = []
     corners = []
     for _ in range(200):
@@ -448,7 +445,7 @@ def test_places_and_zooms_vary():
 
 def test_a_crop_of_known_pixels_stays_where_it_is_drawn():
     """Only one that shows nothing known is drawn anew: else pixels in the middle would be seen more often."""
-    crop = crop_of_two_bands(16, "none")
+    crop, _ = pair_transforms(16, "none", **TWO_BANDS)
     image = np.indices((40, 60)).transpose(1, 2, 0).astype(np.float32)  # each pixel's row and column
     for seed in range(5):
         torch.manual_seed(seed)
