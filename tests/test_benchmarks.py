@@ -84,9 +84,7 @@ def test_what_choosing_is_worth(base, images, tmp_path, capsys):
     features = torch.randn(18, 4)
     first, second, _, last = choose.in_rounds(choose.Pool(features, features, torch.arange(18) % 3), [3, 6, 16, 18], 3)
     assert first == second[:3] and len({*second}) == 6 and len({*last}) == 18
-
-
-def test_how_many_labels_a_way_needs():
+    # How many labels a way needs to be as good as random ones.
     random = {10: [0.3, 0.5], 30: [0.6, 0.6], 100: [0.7, 0.9]}
     assert choose.labels_needed(random, random) == 100
     assert choose.labels_needed({10: [0.4], 30: [0.7], 100: [0.9]}, random) == pytest.approx(65)  # 0.8 is half way
@@ -98,8 +96,8 @@ def test_each_method_is_compared_at_its_best_rate(base, images, tmp_path, monkey
     monkeypatch.setattr(quality, "RATES", (1e-4, 3e-4))
     monkeypatch.setattr(optim, "STEPS_TO_TRAIN", 1)
     monkeypatch.setattr(quality, "apart", quality.train)
-    command = f"--methods full --labels 2 --seeds 1 --output-dir {tmp_path} --checkpoint {base}"
-    command += f" --data-dir {images} --epochs 1 --batch-size 6 --device cpu"
+    runs = f"--data-dir {images} --checkpoint {base} --epochs 1 --batch-size 6 --device cpu"
+    command = f"--methods full --labels 2 --seeds 1 --output-dir {tmp_path} {runs}"
     result = quality.main(command.split())
     assert f"| 2 | full fine-tuning | {result['rows'][0]['mean']:.2%} ± 0.00% |" in capsys.readouterr().out
     *tuning, last = map(json.loads, (tmp_path / "runs.jsonl").read_text().splitlines())

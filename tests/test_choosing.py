@@ -32,16 +32,14 @@ def blob(axis: int, *spread: float) -> torch.Tensor:
 KINDS = torch.cat([blob(0, -2, -1, 0, 1, 2), blob(1, -1, 0, 1), blob(2, 0)])
 
 
-def test_the_most_typical_image_of_each_kind_comes_first_and_a_kind_with_a_label_has_its_turn_later():
+def test_the_most_typical_image_of_each_kind_comes_first_and_a_kind_with_a_label_has_its_turn_later(monkeypatch):
     assert choosing.most_typical(KINDS, 3, torch.zeros(0, 8)) == [2, 6, 8]  # the largest kind before the others
     assert choosing.most_typical(KINDS, 2, KINDS[:1]) == [6, 8]
     alike = torch.cat([blob(0, *[0.0] * 5), blob(1, 0, 0, 0), blob(2, 0, 0)])
     assert choosing.most_typical(alike, 3, alike[:1]) == [5, 8, 0]  # then the largest one's again
-
-
-def test_of_the_least_sure_images_one_of_each_kind_is_chosen(monkeypatch):
+    # Or the one of each kind that is least sure: of three classes.
     leads = torch.tensor([0.5, 0.4, 0.1, 0.3, 0.9, 0.8, 0.05, 0.2, 0.0])
-    logits = torch.stack([torch.full((9,), 0.05), (0.95 + leads) / 2, (0.95 - leads) / 2], 1).log()  # of three classes
+    logits = torch.stack([torch.full((9,), 0.05), (0.95 + leads) / 2, (0.95 - leads) / 2], 1).log()
     monkeypatch.setattr(choosing, "CANDIDATES", 3)  # all of them
     assert choosing.least_sure(KINDS, 3, logits) == [8, 6, 2]
     monkeypatch.setattr(choosing, "CANDIDATES", 1)

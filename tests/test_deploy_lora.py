@@ -239,6 +239,13 @@ def test_lists_relative_to_the_data_dir_of_training_can_be_used_after_it(adapter
     elsewhere = with_settings(adapter_for_images, {"dataset": "imagefolder", "data_dir": "https://127.0.0.1:1/x"})
     with pytest.raises(InputError, match=f"15 of its files are not in {tmp_path}"):  # a stranger may have named that
         run("evaluate --device cpu", elsewhere, table)
+    for data in (
+        None,
+        {"data_dir": 3},
+        {"label_columns": "a"},
+        {"label_columns": [3]},
+    ):  # which no run can have written
+        assert deploy_lora._data_of_run({"config": {"data": data}}) == {}
 
 
 def with_settings(adapter: Path, data: object) -> Path:
@@ -248,11 +255,6 @@ def with_settings(adapter: Path, data: object) -> Path:
     path = adapter.with_name("theirs.pth")
     torch.save(content, path)
     return path
-
-
-@pytest.mark.parametrize("data", [None, {"data_dir": 3}, {"label_columns": "a"}, {"label_columns": [3]}])
-def test_settings_that_no_run_can_have_written_are_left_out(data):
-    assert deploy_lora._data_of_run({"config": {"data": data}}) == {}
 
 
 def test_the_columns_of_a_run_are_its_labels_whatever_range_named_them():

@@ -118,10 +118,7 @@ def test_thresholds_are_chosen_anew_without_training(trained, lists, once, tmp_p
     assert task.thresholds.tolist() == after
     told = capsys.readouterr().out
     assert f"{'kept as it was':<22}up\n" in told and f"{'kept as it was':<22}left" not in told
-
-
-def test_labels_of_which_none_is_no_are_no_measure(trained, lists):
-    """As in CelebA's lists, where -1 is no: every figure would be perfect."""
+    # Labels of which none is no are no measure: as in CelebA's lists, where -1 is no, every figure would be perfect.
     (lists / "celeba.csv").write_text((lists / "multilabel_val.csv").read_text().replace(",0", ",-1"))
     with pytest.raises(InputError, match=r"celeba\.csv: no answer is 0 for no; -1 and nothing are unknown"):
-        run(f"evaluate {trained['multilabel']['folder']}/lora.pth {lists}/celeba.csv")
+        run(f"evaluate {adapter} {lists}/celeba.csv")

@@ -105,11 +105,6 @@ def continue_stage_1() -> None:
     pretrain.main([*shlex.split(command)[3:], *small.split()])
 
 
-@pytest.fixture(scope="module")
-def domain(newcomer):
-    continue_stage_1()
-
-
 def test_the_readme_is_short_and_begins_with_what_a_newcomer_does():
     gate = (ROOT / ".ci/run").read_text()
     typed = commands(section("README.md", "A first run and the tests"))
@@ -136,7 +131,7 @@ def test_no_command_and_no_file_is_left_out():
 def test_every_fine_tuning_command_runs(command, first_run, monkeypatch, tmp_path, request):
     argv = shlex.split(command)[2:]
     if "--stage1-adapter" in argv:
-        request.getfixturevalue("domain")
+        continue_stage_1()
     if "timm:" in command:
         timm = pytest.importorskip("timm")
         monkeypatch.setattr(timm, "create_model", functools.partial(timm.create_model, depth=2))

@@ -62,11 +62,15 @@ def test_a_rare_class_of_which_all_images_are_right_is_not_sure():
     assert by_patient[0] == pytest.approx(mean_interval(torch.ones(2), torch.tensor([19, 1]))[0])
 
 
-def test_mistakes_are_drawn_most_confident_first(tmp_path, spy):
+def test_mistakes_are_drawn_most_confident_first_with_their_names_as_they_are(tmp_path, spy):
+    """Dollars begin no formula, and a folder's bytes that are no character are shown as a question mark."""
+    assert report_page.drawn("under$10%, caf\udce9") == r"under\$10%, caf?"
     read = spy(LabelledImages, "undecoded")
     result = evaluation([0, 1] * 10, [1] * 20, [0.5 + 0.01 * i for i in range(20)])
-    TASK.report(result).draw_mistakes(images(20), tmp_path / "some.png")
+    report = Classification(["under$10%", "over$10% caf\udce9"]).report(result)
+    report.draw_mistakes(images(20), tmp_path / "some.png")
     assert [image for (_, image), _ in read.call_args_list] == [*range(18, -1, -2)]
+    report.draw(tmp_path / "matrix.png")
 
 
 def test_a_confusion_matrix_counts_the_answers_for_each_true_class(monkeypatch, tmp_path):
@@ -79,14 +83,6 @@ def test_a_confusion_matrix_counts_the_answers_for_each_true_class(monkeypatch, 
     report.draw(tmp_path / "pairs.png")
     assert drawn == [[[1, 1, 0, 0], [0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]], [[3, 0], [1, 0]]]
     assert list(report.most_confused()) == [("a", "b", 1, "50.0%"), ("c", "a", 1, "100.0%")]
-
-
-def test_names_are_drawn_as_they_are(tmp_path):
-    """Dollars begin no formula, and a folder's bytes that are no character are shown as a question mark."""
-    assert report_page.drawn("under$10%, caf\udce9") == r"under\$10%, caf?"
-    report = Classification(["under$10%", "over$10% caf\udce9"]).report(evaluation([0, 1], [1, 0]))
-    report.draw_mistakes(images(2), tmp_path / "mistakes.png")
-    report.draw(tmp_path / "matrix.png")
 
 
 def summary(task, report, baseline: dict, folder, **results) -> list[tuple[str, str]]:

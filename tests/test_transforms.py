@@ -39,16 +39,13 @@ def test_every_image_mode_becomes_rgb():
         assert (rgb.mode, rgb.size, rgb.getpixel((0, 0))) == ("RGB", image.size, expected)
 
 
-def test_near_infrared_that_is_marked_as_transparency_is_left_out(tmp_path):
+def test_near_infrared_marked_as_transparency_is_left_out_and_numbers_without_a_white_are_refused(tmp_path):
     """GDAL marks the fourth band of 8 bits so; over white, vegetation would be pale."""
     levels = np.random.RandomState(0).randint(0, 256, (16, 16, 4)).astype(np.uint8)
     for name in ("rgbn.tif", "rgbn.jp2"):
         image = open_image(save_image(tmp_path / name, Image.fromarray(levels)))
         assert image.mode == "RGBA" and np.array_equal(transforms.to_rgb(image), levels[..., :3])
-
-
-def test_numbers_that_do_not_say_what_is_white_are_refused(tmp_path):
-    """One image of a set would be a hundred times as dark as the next, by its own largest number."""
+    # By its own largest number one image of a set would be a hundred times as dark as the next.
     pytest.importorskip("tifffile")
     for levels in (np.float32([0, 1.02]), np.float32([-0.5, 0.5]), np.int32([0, 300]), np.int16([-9, 9])):
         path = save_image(tmp_path / "a.tif", levels[None])
