@@ -239,13 +239,6 @@ def test_lists_relative_to_the_data_dir_of_training_can_be_used_after_it(adapter
     elsewhere = with_settings(adapter_for_images, {"dataset": "imagefolder", "data_dir": "https://127.0.0.1:1/x"})
     with pytest.raises(InputError, match=f"15 of its files are not in {tmp_path}"):  # a stranger may have named that
         run("evaluate --device cpu", elsewhere, table)
-    for data in (
-        None,
-        {"data_dir": 3},
-        {"label_columns": "a"},
-        {"label_columns": [3]},
-    ):  # which no run can have written
-        assert deploy_lora._data_of_run({"config": {"data": data}}) == {}
 
 
 def with_settings(adapter: Path, data: object) -> Path:
@@ -261,6 +254,8 @@ def test_the_columns_of_a_run_are_its_labels_whatever_range_named_them():
     for task, names in (({"kind": "multilabel", "thresholds": [0.5, 0.5]}, ["up", "left"]), (None, ["up..left"])):
         about = {"config": {"data": {"label_columns": ["up..left"]}}, "task": task, "class_names": ["up", "left"]}
         assert deploy_lora._data_of_run(about) == {"label_columns": names}
+    for data in (None, {"data_dir": 3}, {"label_columns": "a"}, {"label_columns": [3]}):  # no run can have written it
+        assert deploy_lora._data_of_run({"config": {"data": data}}) == {}
 
 
 def test_a_small_file_stays_small(adapter_for_images):
