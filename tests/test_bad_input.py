@@ -321,7 +321,7 @@ TABLE = [
     case("an output folder of a long name", f"finetune --output-dir {'n' * 300}", "File name too long; name another"),
     case("an output folder elsewhere", "finetune --output-dir s3://bucket/out", "results are written on this machine"),
     case("results among evaluation images", "finetune --output-dir images/val/out", "among the images in images/val:"),
-    case("pictures among images", "explain lora.pth images/val --output images/val/seen", "name a folder outside"),
+    case("pictures among images", "explain lora.pth images/val --output images/val/seen", "name a place outside"),
     case("features among images", "embed lora.pth images --output images/val/f.npy", "is among the images in images:"),
     case("lists that their run would replace",
          "finetune --data-list list.csv out/labels_to_check.csv --unlabelled out/labels_to_check.csv",

@@ -153,7 +153,7 @@ def problems_of_output(args: argparse.Namespace) -> Iterator[str]:
     if args.command in ANSWERING and args.output.suffix != ".csv":  # which is no image
         for path in args.images:
             if path.is_dir() and args.output.resolve().is_relative_to(path.resolve()):
-                yield f"--output {args.output} is among the images in {path}: name a folder outside"
+                yield f"--output {args.output} is among the images in {path}: name a place outside"
     for path in files_written(args):
         if not is_free(path, _name(args)):
             remedy = f"move it, or name another --output{unnoted()}"
