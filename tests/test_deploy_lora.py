@@ -442,6 +442,9 @@ def test_of_two_commands_with_one_output_the_second_is_refused_and_what_a_killed
         pass
     with pytest.raises(InputError, match=r"\[m\]\.json is there, not known"):  # it tells of the other file
         read_options(["merge", "lora.pth", "--output", str(tmp_path / "[m].safetensors")])
+    (tmp_path / "[m].pth").rename(tmp_path / "best.pth")  # of which [m].json tells
+    with pytest.raises(InputError, match=r"\[m\]\.json is there, not known to be of an earlier merge that is still"):
+        read_options(["merge", "lora.pth", "--output", str(tmp_path / "[m].pth")])
 
 
 def test_where_features_find_no_room_the_earlier_ones_keep_their_paths(tmp_path, monkeypatch):

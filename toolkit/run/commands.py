@@ -154,10 +154,11 @@ def problems_of_output(args: argparse.Namespace) -> Iterator[str]:
         for path in args.images:
             if path.is_dir() and args.output.resolve().is_relative_to(path.resolve()):
                 yield f"--output {args.output} is among the images in {path}: name a place outside"
-    for path in files_written(args):
-        if not is_free(path, _name(args)):
-            remedy = f"move it, or name another --output{unnoted()}"
-            yield f"{path} is there, not known to be of an earlier {args.command}: {remedy}"
+    written = files_written(args)
+    for path in filter(os.path.lexists, written):
+        if not os.path.lexists(written[0]) or not is_free(path, _name(args)):  # it may belong to one that was renamed
+            problem = f"{path} is there, not known to be of an earlier {args.command} that is still there"
+            yield f"{problem}: move it, or name another --output{unnoted()}"
 
 
 def _name(args: argparse.Namespace) -> str:

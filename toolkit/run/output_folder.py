@@ -125,8 +125,7 @@ def _faults_named(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        why = f"{error.strerror or error}; name another"
-        raise InputError(f"cannot write to the folder {folder}: {why}") from None
+        raise InputError(f"cannot write to the folder {folder}: {error.strerror or error}; name another") from None
 
 
 def begin_folder(folder: Path, files: Iterable[str] = (), resumed: Path | None = None) -> None:
