@@ -287,9 +287,6 @@ def test_frozen_attention_is_the_stock_one_batch_first(way, autocast, tolerance)
     assert type(model.encoder.layers[0]) is EncoderBlock or way != "a linear probe"
 
 
-# ---------------------------------------- what is kept for backward: gradient checkpointing, a model's two halves
-
-
 def dropping(elsewhere: float = 0.2, **options) -> nn.Module:
     """Of tokens, and of attention and the adapters' inputs. It keeps LayerNorm's and GELU's output in every mode."""
     return frozen(vit(dropout=0.2, attention_dropout=elsewhere), 0.3, lora_dropout=elsewhere, **options)

@@ -169,9 +169,7 @@ def base_resnet() -> nn.Module:
     """A ResNet with a block in each stage, and statistics as after training."""
     torch.manual_seed(0)
     model = resnet(classes=3)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.reset_parameters()
+    model.apply(lambda module: isinstance(module, nn.BatchNorm2d) and module.reset_parameters())
     for _ in range(3):
         model(torch.randn(16, 3, 32, 32))
     return model

@@ -209,9 +209,6 @@ def test_shipped_configurations_are_valid():
         assert yaml.safe_load(path.read_text()).keys() <= set(config.SECTIONS)
 
 
-# ------------------------------------------------------------------------------------ going on from a checkpoint
-
-
 def built(options: str) -> tuple:
     return pretrain.build_model(pretrain.read_options(options.split())[0], torch.device("cpu"))
 

@@ -58,9 +58,6 @@ def test_adapters_of_a_resnet_learn_twice_as_fast_from_a_head_as_soft(norms, sta
         assert run.temperature == pytest.approx(100 * run.rate * 24)
 
 
-# ----------------------------------------------------------------------------------------------------------- the search
-
-
 def variance_on(images: int):
     """Of accuracies that are measured on so many images."""
     return lambda accuracy: Classification(["cat", "dog"]).variance(accuracy, images)

@@ -18,13 +18,12 @@ from tests.run_folders import stop, train_on
 from toolkit import InputError
 from toolkit.answers import tasks
 from toolkit.answers.evaluation import evaluate, worst_batch_loss
+from toolkit.devices import CPU
 from toolkit.images.data import Transformed, build_loader
 from toolkit.images.sources import load_splits
 from toolkit.models.backbones import headless
 from toolkit.run import loaders, runs
 from toolkit.run.training import MicroBatches
-
-CPU = torch.device("cpu")
 
 
 def gradients(run: FineTuning, sizes: list[int]) -> tuple[tuple[float, int], dict[str, torch.Tensor]]:

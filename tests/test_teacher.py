@@ -21,15 +21,13 @@ from tests.run_folders import assert_identical, assert_same_tensors, contents, t
 from toolkit import distributed
 from toolkit.answers import classification, evaluation, probe, unlabelled
 from toolkit.answers.evaluation import NO_LABEL
+from toolkit.devices import CPU
 from toolkit.images import sources
 from toolkit.images.data import LabelledImages, Transformed, build_loader
 from toolkit.run import loaders, reports, runs, teacher
 from toolkit.run.guard import Guard, Keep
 from toolkit.run.teacher import Teacher
 from toolkit.run.training import MicroBatches
-
-CPU = torch.device("cpu")
-
 
 # ------------------------------------------------------------------------------------------------------ which are read
 

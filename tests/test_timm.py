@@ -375,7 +375,7 @@ def timm_blocks() -> dict[str, tuple[nn.Module, int]]:
 
 @pytest.mark.parametrize("name", timm_blocks())
 def test_a_block_of_timm_s_folds_its_batch_norms(name):
-    """It computes what the stock block does, also where adapters are merged or a norm trains; in bf16 it errs alike."""
+    """It computes what the stock block does, also where adapters are merged or a norm trains, and in bf16."""
     stock, unfolded = timm_blocks()[name]
     stock = dense.seen(stock).double().eval()
     x = images(16, dtype=torch.float64)
@@ -392,19 +392,12 @@ def test_a_block_of_timm_s_folds_its_batch_norms(name):
     with torch.no_grad():
         assert_close(model(x), expected, EXACT)
     manager.unmerge_lora_weights()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(copy.deepcopy(model).float()(x.float()), expected, 3e-2)
     for norm in filter(lambda module: isinstance(module, nn.BatchNorm2d), model.modules()):
         norm.weight.requires_grad_()
     dense.compare_with_dense(stock, model, [x], EXACT)
     assert dense.classes(manager.unload(merge=True)) == dense.classes(stock)
-
-    stock = stock.float()
-    model = frozen(copy.deepcopy(stock), 0.1)
-    twin = dense.dense_twin(stock, model)
-    errors = []
-    for network in (model, copy.deepcopy(twin).float()):
-        with torch.autocast("cpu", torch.bfloat16):
-            errors.append(dense.relative_error(network(x.float()), twin(x)))
-    assert errors[0] < 2 * errors[1] + 1e-3
 
 
 class InvertedResidual(BLOCKS.InvertedResidual):
