@@ -22,6 +22,9 @@ from toolkit.images.sources import load_splits
 from toolkit.run import guard, loaders
 from toolkit.run.guard import Collapsed, GoBack, Guard, Keep
 
+COLLAPSED = GoBack("training collapsed")
+NO_GAIN = GoBack("training gains nothing")
+
 
 def test_the_last_adapter_is_kept_whatever_the_evaluation_images_say(finetune, monkeypatch, capsys):
     """The best epoch would be chosen on the very images that measure it: told, but no number to publish."""
@@ -71,8 +74,8 @@ WORSE = answers(0.78, 1.1)
     [
         (answers(0.9, 0.5), None, Keep()),
         (answers(0.8, 3.5), None, Keep()),  # a higher loss alone is no harm, nor a collapse
-        (answers(0.5, 0.9), None, GoBack("training collapsed")),
-        (answers(0.9, math.nan), None, GoBack("training collapsed")),
+        (answers(0.5, 0.9), None, COLLAPSED),
+        (answers(0.9, math.nan), None, COLLAPSED),
         (answers(0.795, 1.1), None, Keep()),  # half a point may be one view
         (WORSE, None, Keep(start=True)),
         # Where images without labels train they watch too; the start answers more of the labelled ones than of others
@@ -91,9 +94,7 @@ def test_what_becomes_of_an_epoch(trained, still_sure, verdict):
     assert judge.state_dict() == before
 
 
-@pytest.mark.parametrize(
-    ("kind", "verdict"), [(Segmentation, GoBack("training gains nothing")), (Classification, Keep(start=True))]
-)
+@pytest.mark.parametrize("kind, verdict", [(Segmentation, NO_GAIN), (Classification, Keep(start=True))])
 def test_with_masks_a_run_that_would_end_with_its_start_goes_back(kind, verdict):
     """Not before its last epoch: later ones may mend what the first ones harm. Of whole images a start is a result."""
     watched = LabelledImages([None] * 400, [0] * 400, targets=torch.ones(400, 2))
@@ -127,7 +128,7 @@ def test_a_retreat_forgets_the_losses_that_it_undoes(losses):
     judge = guard_of(100, [0.8])
     for loss in losses:
         judge.note_step(loss)
-    assert judge.after_step() == GoBack("training collapsed")
+    assert judge.after_step() == COLLAPSED
     judge.note_retreat(1, 1e-3, good_epochs=0, seconds=5.0)
     judge.note_step(1.0)
     assert judge.after_step() == Keep() and judge.recent_loss == judge.first_loss == 1.0
@@ -247,10 +248,10 @@ def test_numbers_that_the_probe_knows_nothing_of_do_not_collapse_by_chance(start
     ("worst", "losses", "last"),
     [
         (None, [2.0, 15.0], Keep()),  # 0.8 x 2 + 0.2 x 15 is below twice the loss of a constant answer, log(10)
-        (None, [2.0, 15.1], GoBack("training collapsed")),
-        (None, [math.nan], GoBack("training collapsed")),
+        (None, [2.0, 15.1], COLLAPSED),
+        (None, [math.nan], COLLAPSED),
         (9.0, [8.0, 54.7], Keep()),  # the start was worse than a constant answer
-        (9.0, [8.0, 54.9], GoBack("training collapsed")),
+        (9.0, [8.0, 54.9], COLLAPSED),
     ],
 )
 def test_a_loss_that_explodes_is_seen_within_the_epoch(worst, losses, last):
@@ -315,22 +316,20 @@ def test_the_second_epoch_in_a_row_without_a_gain_is_undone(epochs, second):
     judge.epochs = epochs
     for epoch in (WORSE, second, WORSE):
         assert isinstance(verdict_on(judge, epoch), Keep)
-    assert verdict_on(judge, WORSE) == GoBack("training gains nothing")
+    assert verdict_on(judge, WORSE) == NO_GAIN
 
 
 def test_a_run_that_may_not_go_back_again_goes_on_without_a_gain():
     judge = guard_with_a_start()
     for _ in range(3):
         assert verdict_on(judge, WORSE) == Keep(start=True)
-        assert verdict_on(judge, answers(0.78, 1.0)) == GoBack("training gains nothing")  # by a loss that is no lower
+        assert verdict_on(judge, answers(0.78, 1.0)) == NO_GAIN  # by a loss that is no lower
         judge.note_retreat(2, 1e-3, good_epochs=0, seconds=1.0)
     assert judge.lost_seconds == 3.0
     assert [verdict_on(judge, WORSE) for _ in range(4)] == [Keep(start=True)] * 4
 
 
-def test_a_run_goes_back_with_an_eighth_of_the_rate_and_stops_with_the_remedy_where_it_collapses_at_each(
-    finetune, images, monkeypatch, tmp_path, capsys
-):
+def test_a_run_goes_back_to_an_eighth_of_the_rate_and_at_last_stops(finetune, images, monkeypatch, tmp_path, capsys):
     """And with the files and figures of its last good adapter. Resumed, it has collapsed at the same rate again."""
     # What the guard sees at the start, and after each epoch. With 0.87 one is neither good nor a collapse: the run goes
     # on, but it will not come back to there.
@@ -433,9 +432,7 @@ def test_a_loss_that_is_not_finite_is_a_collapse(start, monkeypatch):
 
 
 @pytest.mark.parametrize(("harmful", "options"), [(1, "--norms train"), (2, "")])
-def test_figures_are_those_of_the_epoch_that_is_kept_and_say_whether_that_is_the_start(
-    finetune, images, monkeypatch, harmful, options
-):
+def test_figures_are_those_of_the_epoch_that_is_kept_be_it_the_start(finetune, images, monkeypatch, harmful, options):
     """The first epoch is the best, whether nothing of it is kept or of the second; so it is where the run goes on."""
     labels = torch.tensor([0, 0, 0, 0, 1, 2])
     scripted = [torch.tensor([0, 0, 1, 1, 1, 2]), torch.tensor([0, 0, 0, 0, 1, 1])]  # the second is oftener right

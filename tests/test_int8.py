@@ -18,9 +18,7 @@ from toolkit.choices import ARITHMETICS
 
 IN_8_BITS = 2e-2  # what rounding x and W, or gy and W, by rows may cost a layer of normal numbers
 ROUNDING = 1e-5  # float32's
-exact_products = pytest.mark.skipif(
-    not int8.multiplies_exactly("cpu", 64, 64), reason="products in 8 bits overflow on a CPU without VNNI or AMX"
-)
+exact_products = pytest.mark.skipif(not int8.multiplies_exactly("cpu", 64, 64), reason="needs VNNI or AMX")
 
 
 def rounded_rows(x: Tensor) -> tuple[Tensor, Tensor]:
