@@ -333,21 +333,19 @@ def test_checkpointing_is_refused_where_it_does_nothing():
             set_gradient_checkpointing(nn.Linear(2, 2), mode)
 
 
-def kept_by_a_block() -> int:
-    """Bytes, of a block that is not the last one, for 8 images of 5 tokens."""
-    two, three = (dense.saved_bytes(frozen(vit(num_layers=layers)).train(), images(16, 8)) for layers in (2, 3))
-    return three - two
-
-
-def test_what_a_block_keeps():
-    """The output of neither LayerNorm nor GELU."""
+@pytest.mark.parametrize("autocast", [False, True])
+def test_what_a_block_keeps(autocast):
+    """In bytes, of a block before the last, for 8 images of 5 tokens: the output of neither LayerNorm nor GELU."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        two, three = (dense.saved_bytes(frozen(vit(num_layers=layers)).train(), images(16, 8)) for layers in (2, 3))
     width, mlp, heads, packed = 16, 32, 2, 3 * 2 * 16 * 2  # packed: the A and B of q, k and v, one below the other
     kept = 3 * width + width + heads + mlp  # q, k, v, what the heads answer with its log-sum-exps, the input of GELU
-    assert kept_by_a_block() == 4 * (8 * 5 * (2 * width + kept) + packed)  # and the residual before and in the middle
-    with torch.autocast("cpu", torch.bfloat16):  # the sum in the middle is of float32, and attention's share is kept
+    expected = 4 * (8 * 5 * (2 * width + kept) + packed)  # and the residual before and in the middle
+    if autocast:  # the sum in the middle is of float32, as are log-sum-exps, and attention's share is kept
         low = 2 * (width + kept - heads + 6 * 2)  # and what the six adapters make of their inputs
         factors = packed + 2 * (width + width) + 2 * 2 * (width + mlp)  # rounded once, for both directions
-        assert kept_by_a_block() == 8 * 5 * (4 * width + low + 4 * heads) + 2 * factors  # log-sum-exps in float32
+        expected = 8 * 5 * (4 * width + low + 4 * heads) + 2 * factors
+    assert three - two == expected
 
 
 @pytest.mark.parametrize("last", [None, 1, 2])

@@ -40,13 +40,9 @@ def why_not() -> str | None:
         return "emulated GPUs need Linux and g++"
     try:
         build()
-    except CannotBuild as error:
+    except RuntimeError as error:  # the C++ is written against one PyTorch's headers, and another one's may differ
         return str(error)
     return None
-
-
-class CannotBuild(RuntimeError):
-    """The C++ is written against one PyTorch's headers, and another one's may differ."""
 
 
 def _torch_version():
@@ -84,7 +80,7 @@ def _build(library: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         first = next((line for line in done.stderr.splitlines() if "error" in line), "")
-        raise CannotBuild(f"g++ cannot build emulated GPUs for PyTorch {_torch_version().__version__}: {first}")
+        raise RuntimeError(f"g++ cannot build emulated GPUs for PyTorch {_torch_version().__version__}: {first}")
     unfinished.replace(library)
 
 
