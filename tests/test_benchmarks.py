@@ -148,14 +148,11 @@ def test_a_stage_has_the_seconds_that_no_stage_within_it_has(monkeypatch):
     assert watch.seconds == {"other": 3, "training": 7, "evaluation between epochs": 2}
 
 
-@pytest.mark.parametrize("name", ["timm:convnext_atto", "torchvision:mobilenet_v3_small", "transformers:Segformer"])
-def test_adapters_of_other_libraries_models_are_exact(name):
-    pytest.importorskip(name.split(":")[0])
-    result = model_zoo.check(name)
-    assert model_zoo.is_exact(result) and result["layers"] > 10
-
-
-def test_the_table_of_models_is_that_of_all_and_exact(capsys, tmp_path):
+def test_adapters_of_other_libraries_models_are_exact_as_the_table_of_all_says(capsys, tmp_path):
+    for name in ("torchvision:mobilenet_v3_small", "timm:convnext_atto", "transformers:Segformer"):
+        if importlib.util.find_spec(name.split(":")[0]):
+            result = model_zoo.check(name)
+            assert model_zoo.is_exact(result) and result["layers"] > 10
     model_zoo.main(["--only", "torchvision:squeezenet1_1", "--output-dir", str(tmp_path)])
     assert "| torchvision:squeezenet1_1 | 25 of 26 |" in capsys.readouterr().out
     results = json.loads((Path(model_zoo.__file__).parent / "results/model_zoo.json").read_text())["models"]

@@ -33,7 +33,6 @@ print(json.dumps([results, *about]))
 
 
 def committed() -> list[dict]:
-    """The cells as they are committed; texts are lists of lines."""
     return json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
 
 
@@ -42,7 +41,6 @@ def outputs(cells) -> list:
 
 
 def texts(cells) -> str:
-    """What is written between the code."""
     return "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
 
 
