@@ -323,6 +323,7 @@ TABLE = [
     case("results among evaluation images", "finetune --output-dir images/val/out", "among the images in images/val:"),
     case("pictures among images", "explain lora.pth images/val --output images/val/seen", "name a place outside"),
     case("features among images", "embed lora.pth images --output images/val/f.npy", "is among the images in images:"),
+    case("a list among labelled images", "choose lora.pth gone --labelled images --output images/next", "in images:"),
     case("lists that their run would replace",
          "finetune --data-list list.csv out/labels_to_check.csv --unlabelled out/labels_to_check.csv",
          "--data-list out/labels_to_check.csv would be", "--unlabelled out/labels_to_check.csv would be",

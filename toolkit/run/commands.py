@@ -151,7 +151,7 @@ def problems_of_output(args: argparse.Namespace) -> Iterator[str]:
     elif not os.path.isdir(args.output.parent):
         yield f"--output {args.output}: there is no folder {args.output.parent}; make it first"
     if args.command in ANSWERING and args.output.suffix != ".csv":  # which is no image
-        for path in args.images:
+        for path in (*args.images, *getattr(args, "labelled", ())):
             if path.is_dir() and args.output.resolve().is_relative_to(path.resolve()):
                 yield f"--output {args.output} is among the images in {path}: name a place outside"
     written = files_written(args)
