@@ -1,7 +1,4 @@
-"""A task of its own, which tests/test_new_task.py adds to a copy of the toolkit: one class an image, of ordered ones.
-
-Its answers are the likeliest class and the expected rank; an adapter file has the rank of each class.
-"""
+"""A task that tests/test_new_task.py adds to a copy of the toolkit: one class an image, of ranks, and the expected one."""
 
 from collections.abc import Sequence
 

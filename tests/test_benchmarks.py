@@ -1,7 +1,4 @@
-"""The scripts in benchmarks/: each on its smallest input, and what it writes. Nothing checks a clock.
-
-At the end benchmarks/tables.py: the results book and the figures that pages cite are what the runs' files have.
-"""
+"""The scripts in benchmarks/, each on its smallest input, without a clock; the figures of the book are the runs'."""
 
 import argparse
 import functools
@@ -168,9 +165,6 @@ def test_steps_are_predicted_and_have_no_more_kernels_than_peft_s(tmp_path, smal
     peft, lora = (result["variants"][name] for name in ("peft", "lora"))
     assert 0 < lora["kernels"] <= peft["kernels"]
     assert lora["peak_bytes"] < 0.6 * peft["peak_bytes"] and 0 < lora["flops"] < 1.05 * peft["flops"]
-
-
-# -------------------------------------------------------------------------------------------------- the book of results
 
 
 BOOK = Path(tables.__file__).parent / "RESULTS.md"

@@ -1,7 +1,4 @@
-"""The commands that come after training: what they print, what they write and how they end.
-
-What they are given by mistake is in `test_bad_input.py`, PEFT's format in `test_peft_format.py`.
-"""
+"""The commands that come after training: what they print, what they write and how they end."""
 
 import errno
 import itertools

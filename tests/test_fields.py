@@ -1,5 +1,4 @@
-"""The pages of photographs, medicine, microscopy and satellites run from top to bottom, on made-up files and a random
-backbone."""
+"""The pages of photographs, medicine, microscopy and satellites run from top to bottom, on made-up files."""
 
 import re
 import shlex

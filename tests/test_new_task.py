@@ -19,8 +19,11 @@ from toolkit import InputError
 RUN = """
 import sys
 import deploy_lora, finetune_lora
-from toolkit.models import names
-names.VITS["vit_mini"]["num_layers"] = 2  # as the other tests' backbone has
+from tests.checkpoint_files import shorten_vit_mini
+from tests.run_folders import SHORTER
+shorten_vit_mini()
+for module, name, value in SHORTER:
+    setattr(module, name, value)
 base, images, out = sys.argv[1:]
 options = f"--task ordinal --checkpoint {base} --data-dir {images} --output-dir {out} --device cpu --epochs 1"
 finetune_lora.main([*options.split(), "--batch-size=8", "--augmentation=none", "--workers=0", "--keep-best=right"])
@@ -36,7 +39,7 @@ for command, file in {"merge": "merged.pth", "export": "model.pt2", "card": "car
 def ordinal(base, images, tmp_path_factory):
     """The folder of a run and of what every command made of it, by a copy of the toolkit that has a fifth task."""
     copy = tmp_path_factory.mktemp("ordinal") / "copy"
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "benchmarks", "checkpoints", "docs", "tests"))
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "benchmarks", "checkpoints", "docs"))
     shutil.copy(ROOT / "tests/ordinal.py", copy / "toolkit/answers")
     tasks = copy / "toolkit/answers/tasks.py"
     text = tasks.read_text().replace("Regression, Segmentation)", "Regression, Segmentation, Ordinal)")
