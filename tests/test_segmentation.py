@@ -4,7 +4,6 @@ import copy
 import math
 from functools import partial
 from types import SimpleNamespace
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -20,8 +19,7 @@ from toolkit import InputError
 from toolkit.answers import probe, segmentation
 from toolkit.answers.evaluation import NO_LABEL
 from toolkit.answers.segmentation import PixelAnswers, Segmentation, rare_class_weights
-from toolkit.images.masks import Classes, MaskReader
-from toolkit.images.sources import load_splits
+from toolkit.images.masks import Classes, MaskReader, pairs_in
 from toolkit.models import backbones, dense
 from toolkit.run import loaders
 
@@ -80,18 +78,17 @@ def test_figures_and_reliability_are_over_all_known_pixels(height, monkeypatch):
     assert list(task.evaluate(network, batches, CPU).maps) == worst[:2]
 
 
-def test_a_class_that_is_nowhere_counts_in_no_mean_and_a_rare_one_by_the_root_of_its_frequency(monkeypatch, pictures):
+def test_a_class_that_is_nowhere_counts_in_no_mean_and_a_rare_one_by_the_root_of_its_frequency(spy, pictures, tmp_path):
     matrices = torch.tensor([[[3.0, 1.0, 0.0], [0.0, 4.0, 0.0], [0.0, 0.0, 0.0]]])
     figures = segmentation.pixel_figures(segmentation.counted(matrices))
     assert figures["miou"].item() == pytest.approx((3 / 4 + 4 / 5) / 2) and figures["iou"][0, 2].isnan()
-    plot = mock.Mock()
-    monkeypatch.setattr(segmentation.answer_reports, "plot_confusion", plot)
+    plot = spy(segmentation.answer_reports, "plot_confusion")
     report = Segmentation(NAMES).report(PixelAnswers(0.0, matrices, torch.ones(15, 3)))
     sky, wall, tree = report.by_class()
     assert (sky[:2], sky[3]) == (("sky", "50.0%"), "85.7%")  # Dice: 2 x 3 of 4 + 3
     assert (wall[:2], wall[3]) == (("wall", "50.0%"), "88.9%")
     assert tree == ("tree", "0.0%", "nowhere", "nowhere")
-    report.draw(None)
+    report.draw(tmp_path / "matrix.png")
     assert plot.call_args.args[0].tolist() == [[0.75, 0.25, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
     weights = rare_class_weights(torch.tensor([[900.0, 90.0], [0.0, 10.0]]))
     assert weights.tolist() == pytest.approx([1000 / 1200, 3000 / 1200])  # the mean over the pixels is 1
@@ -130,13 +127,12 @@ def test_of_a_scene_fewer_pixels_are_drawn(pictures, monkeypatch, tmp_path):
     """A picture of all of them, beside its mask and the answers for it, six times, would fill the memory."""
     levels = np.eye(6, 2500, dtype=np.uint8)
     levels[0, 0] = 255  # unknown
-    for i in range(5):
-        save_image(tmp_path / f"images/{i}.png", levels)
-        save_image(tmp_path / f"masks/{i}.png", levels)
-    images = load_splits("imagefolder", tmp_path, task="segmentation").train
+    for kind in ("images", "masks"):
+        save_image(tmp_path / kind / "0.png", levels)
+    images = pairs_in(tmp_path, None, MaskReader(None, [255]))
     drawn = []
     monkeypatch.setattr(segmentation, "save_figure", lambda figure, _: drawn.extend(figure.axes))
-    answers = PixelAnswers(0.0, torch.ones(len(images), 2, 2), torch.ones(15, 3), {0: torch.zeros(6, 2500).byte()})
+    answers = PixelAnswers(0.0, torch.ones(1, 2, 2), torch.ones(15, 3), {0: torch.zeros(6, 2500).byte()})
     Segmentation(["even", "odd"]).report(answers).draw_mistakes(images, tmp_path / "mistakes.png")
     picture, truth, answer = (axes.images[0].get_array() for axes in drawn)
     assert picture.shape == truth.shape == answer.shape == (2, 834, 3)
