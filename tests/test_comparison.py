@@ -206,8 +206,7 @@ def test_runs_that_differ_by_their_seed_share_a_row_of_the_table(tmp_path, capsy
     paths = [result(f"{rank} {seed}", score, lora_rank=rank, seed=seed) for (rank, seed), score in scores.items()]
     evaluated = tmp_path / "evaluated.json"
     evaluated.write_text(json.dumps({"task": "classification", "accuracy": 0.9, "images": 30}))
-    rows = deploy_lora.main(["compare", *map(str, [*paths, evaluated])])
-    assert rows == [
+    assert deploy_lora.main(["compare", *map(str, [*paths, evaluated])]) == [
         ("0.9000", f"1 of {evaluated}; "),
         ("0.7500 ± 0.0707", f"2 of {paths[0]}; lora_rank 8"),
         ("0.6000", f"1 of {paths[2]}; lora_rank 4"),

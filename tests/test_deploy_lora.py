@@ -156,8 +156,7 @@ def test_answers_in_parts_go_on_where_they_were_stopped(adapter, images, tmp_pat
     np.testing.assert_allclose(found, np.float64(read(single)), rtol=1e-5, atol=1e-6)
 
     written_by = {"predict": (predictions, "write_table"), "embed": (deploy_lora, "_write_features")}[command]
-    two_parts = [mock.DEFAULT, mock.DEFAULT, KeyboardInterrupt]
-    stopping = mock.Mock(wraps=getattr(*written_by), side_effect=two_parts)
+    stopping = mock.Mock(wraps=getattr(*written_by), side_effect=[mock.DEFAULT, mock.DEFAULT, KeyboardInterrupt])
     with mock.patch.object(*written_by, stopping), pytest.raises(KeyboardInterrupt):
         write("stopped")
     finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "stopped").glob(f"part-?????{paths[0].suffix}")}
@@ -463,8 +462,7 @@ def test_where_features_find_no_room_the_earlier_ones_keep_their_paths(tmp_path,
 
 @pytest.mark.parametrize("command", ["predict", "embed", "explain"])
 def test_a_folder_of_another_command_is_left_alone(adapter_for_images, images, tmp_path, monkeypatch, command):
-    fcntl = pytest.importorskip("fcntl")
-    monkeypatch.setattr(fcntl, "lockf", mock.Mock(side_effect=BlockingIOError))
+    monkeypatch.setattr(pytest.importorskip("fcntl"), "lockf", mock.Mock(side_effect=BlockingIOError))
     with pytest.raises(InputError, match=f"^{tmp_path}/out: another run or command .* is writing in it; let it end"):
         run(command, adapter_for_images, images / "val", "--device", "cpu", "--output", tmp_path / "out")
     assert not (tmp_path / "out" / "_parts.json").exists()

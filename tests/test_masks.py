@@ -253,8 +253,7 @@ def test_classes_are_words_or_lines_of_a_file(tmp_path):
 def test_colours_are_apart_and_what_is_unknown_is_grey():
     many = palette(256)
     assert np.array_equal(palette(9), many[:9])
-    distances = np.linalg.norm(many[:, None] - many[None], axis=2) + np.eye(256)
-    assert distances.min() > 0.07
+    assert (np.linalg.norm(many[:, None] - many[None], axis=2) + np.eye(256)).min() > 0.07
     in_8_bits = masks.coloured(torch.tensor([[156]], dtype=torch.uint8), many)  # -100 in 8 bits is 156
     assert np.array_equal(in_8_bits[0, 0], many[156])
     picture = masks.coloured(torch.tensor([[0, UNKNOWN, 2]]), palette(3))
@@ -451,5 +450,4 @@ def test_a_crop_of_known_pixels_stays_where_it_is_drawn():
         torch.manual_seed(seed)
         found, _ = crop(image, torch.zeros(40, 60, dtype=torch.long))
         torch.manual_seed(seed)
-        expected = [torch.randint(0, length - 16 + 1, ()).item() for length in (40, 60)]
-        assert found[:, 0, 0].tolist() == expected
+        assert found[:, 0, 0].tolist() == [torch.randint(0, length - 16 + 1, ()).item() for length in (40, 60)]

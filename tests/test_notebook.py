@@ -84,8 +84,7 @@ def test_it_runs_from_top_to_bottom_in_an_empty_folder(tmp_path):
 
 
 def test_nine_sections_are_committed_as_executed_show_a_gain_and_say_each_number_once():
-    titles = re.findall(r"^## \d\. (.*)$", texts(committed()), re.MULTILINE)
-    assert titles == SECTIONS.split(", ")
+    assert re.findall(r"^## \d\. (.*)$", texts(committed()), re.MULTILINE) == SECTIONS.split(", ")
     code = [cell for cell in committed() if cell["cell_type"] == "code"]
     assert column(code, "execution_count") == list(range(1, len(code) + 1))
     for cell in code:

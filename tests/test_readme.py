@@ -181,8 +181,7 @@ def test_what_comes_after_training_works_in_this_order(newcomer, first_run, tmp_
     monkeypatch.chdir(tmp_path)
     for name in ("checkpoints", "configs", "image.png"):
         (tmp_path / name).symlink_to(newcomer / name)
-    pixels = load_digits().images[:20].astype(np.uint8) * 15
-    for i, image in enumerate(pixels):
+    for i, image in enumerate(load_digits().images[:20].astype(np.uint8) * 15):
         for path in (tmp_path / "my_labelled_images" / str(i % 10), tmp_path / "new_images"):
             path.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(path / f"{i}.png")

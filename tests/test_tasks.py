@@ -232,8 +232,7 @@ def features_for(kind: str) -> tuple[torch.Tensor, torch.Tensor, tasks.Task]:
     outputs, targets = drawn(images=300, unknown=0.1)
     features = torch.cat([outputs.detach(), torch.randn(300, 3, generator=torch.Generator().manual_seed(3))], 1)
     if kind == "classification":
-        labels = outputs.detach().argmax(1)
-        return features, labels, tasks.Classification(NAMES)
+        return features, outputs.detach().argmax(1), tasks.Classification(NAMES)
     if kind == "multilabel":
         return features, targets, tasks.MultiLabel(NAMES, targets)
     numbers = features[:, :3] * 7 + 100 + 0 * targets
@@ -248,16 +247,14 @@ def test_the_head_starts_as_a_probe_whose_score_is_that_of_its_evaluation(kind):
     task.start(model, features, targets)
     score = task.probe_score(model, features, targets)
     assert score > max(0.75, random + 0.2)
-    loader = DataLoader(TensorDataset(features, targets), batch_size=64)
-    result = task.evaluate(model, loader, CPU)
+    result = task.evaluate(model, DataLoader(TensorDataset(features, targets), batch_size=64), CPU)
     assert result.measured()[task.score] == pytest.approx(score, abs=1e-6)
     loss, right = task.progress(model(features).detach(), targets)
     assert loss.item() == pytest.approx(result.loss * len(features), rel=1e-4)
     assert right == {"classification": round(score * len(features))}.get(kind, 0)
     if kind == "classification":
         torch.testing.assert_close(result.confidences, model(features).softmax(1).amax(1))
-    temperature = task.first_temperature(model, features, targets, features_train=True)
-    task.soften(model, temperature.at(1e-3))
+    task.soften(model, task.first_temperature(model, features, targets, features_train=True).at(1e-3))
     assert task.probe_score(model, features, targets) == pytest.approx(score, abs=0.02)
 
 
@@ -270,8 +267,7 @@ def test_the_head_starts_at_a_probe_that_weighs_classes_as_the_loss_does(asked, 
     task = tasks.Classification.of_run(NAMES, SimpleNamespace(labels=labels.tolist()), args)
     model = network()
     task.start(model, features.repeat(2, 1), labels.repeat(2), views=2)
-    shares = model.fc(features).softmax(1).mean(0)
-    assert shares.tolist() == pytest.approx(expected, abs=0.05)
+    assert model.fc(features).softmax(1).mean(0).tolist() == pytest.approx(expected, abs=0.05)
     assert {image for image, *_ in task.contradicted} <= set(range(30))  # each once, whatever its views
 
 

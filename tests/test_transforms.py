@@ -48,9 +48,8 @@ def test_near_infrared_marked_as_transparency_is_left_out_and_numbers_without_a_
     # By its own largest number one image of a set would be a hundred times as dark as the next.
     pytest.importorskip("tifffile")
     for levels in (np.float32([0, 1.02]), np.float32([-0.5, 0.5]), np.int32([0, 300]), np.int16([-9, 9])):
-        path = save_image(tmp_path / "a.tif", levels[None])
         with pytest.raises(InputError, match=r"a.tif: its numbers go from .* --scale and --bands 1,1,1"):
-            transforms.to_rgb(open_image(path))
+            transforms.to_rgb(open_image(save_image(tmp_path / "a.tif", levels[None])))
 
 
 def test_a_transform_takes_what_image_open_returns_and_shows_it_upright(tmp_path):
