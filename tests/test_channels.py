@@ -126,15 +126,13 @@ def test_a_preview_is_no_band_and_pngs_of_16_bits_keep_them(tmp_path):
 
 def test_numbers_that_mark_pixels_without_data_are_read_as_0():
     """GDAL's tag names one; ArcGIS takes the lowest of floats. Without the tag a number is a number."""
-    tag = [(42113, "s", 0, "-9999", True)]
     levels = np.array([[-9999, 5], [6, 7]], np.int16)
     lowest = np.array([[-3.4028235e38, np.nan], [np.inf, 7]], np.float32)
-    unseen = np.array([[np.nan, np.inf], [1, -np.inf]])
     for content, expected in (
-        (bytes_of(tifffile.imwrite, levels, extratags=tag), [[0, 5], [6, 7]]),
+        (bytes_of(tifffile.imwrite, levels, extratags=[(42113, "s", 0, "-9999", True)]), [[0, 5], [6, 7]]),
         (bytes_of(tifffile.imwrite, levels), [[-9999, 5], [6, 7]]),
         (bytes_of(tifffile.imwrite, lowest), [[0, 0], [0, 7]]),
-        (bytes_of(np.save, unseen), [[0, 0], [1, 0]]),
+        (bytes_of(np.save, np.array([[np.nan, np.inf], [1, -np.inf]])), [[0, 0], [1, 0]]),
     ):
         assert decoded(content)[..., 0].tolist() == expected
 

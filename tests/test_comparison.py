@@ -136,9 +136,7 @@ def test_copies_of_a_patients_image_are_no_more_evidence(tmp_path):
     assert of_patients.high - of_patients.low > 4 * (of_images.high - of_images.low)
     [either] = comparison.compare(grouped[0], alone[1])  # one file that knows the groups is enough
     assert either == of_patients
-
-
-def test_labels_are_compared_over_patients_whatever_they_are_called(tmp_path):
+    # Nor of labels, whatever they are called.
     truth = (torch.rand(40, 2) < 0.4).float()
     answers = truth + torch.tensor([1.2, 1.0])[:, None, None] * torch.randn(2, 40, 2)
     reports = [label_report(["group", "image"], truth.repeat(6, 1), of_run.repeat(6, 1)) for of_run in answers]
@@ -147,8 +145,8 @@ def test_labels_are_compared_over_patients_whatever_they_are_called(tmp_path):
     assert of_patients[:3] == of_images[:3]
     assert of_patients.high - of_patients.low > 1.8 * (of_images.high - of_images.low)
     assert of_patients.p > of_images.p
-    of_numbers = ["cat", "cat answer", "cat probability", "cat probability answer"]  # as the answers of a label
-    assert comparison._truth(of_numbers) == (["cat", "cat probability"], " answer")
+    numbers = ["cat", "cat answer", "cat probability", "cat probability answer"]  # called as the answers of a label
+    assert comparison._truth(numbers) == (["cat", "cat probability"], " answer")
 
 
 def test_groups_that_differ_or_of_which_there_is_one(tmp_path, capsys):

@@ -96,9 +96,8 @@ def test_answers_features_and_figures_are_those_of_the_model(adapter, images, tm
         features = headless(model)(inputs)
         logits = torch.cat(list(map(model, inputs.split(1))))
     for row, probabilities in zip(rows, logits.softmax(1), strict=True):
-        ranked = probabilities.argsort(descending=True).tolist()
         assert list(row) == ["path", "class", "probability", "class_2", "probability_2", "class_3", "probability_3"]
-        assert list(row.values())[1::2] == [CLASSES[i] for i in ranked]
+        assert list(row.values())[1::2] == [CLASSES[i] for i in probabilities.argsort(descending=True).tolist()]
         assert float(row["probability"]) == pytest.approx(probabilities.max().item(), abs=1e-4)
 
     found = run("embed --batch-size 4 --device cpu", adapter, images / "val", single, "--output", tmp_path / "f.npy")

@@ -52,9 +52,8 @@ def test_of_a_resnet_it_is_that_of_its_last_stage():
     net = adapted("resnet18", 96, plain=True)
     x = net.maxpool(net.relu(net.bn1(net.conv1(images))))
     features = net.layer4(net.layer3(net.layer2(net.layer1(x)))).requires_grad_()
-    logits = net.fc(net.avgpool(features).flatten(1))
     model = adapted("resnet18", 96)
-    assert_decided(model, images, features, logits)
+    assert_decided(model, images, features, net.fc(net.avgpool(features).flatten(1)))
     assert not any(module._forward_hooks for module in model.modules())
 
 
@@ -69,8 +68,7 @@ def test_of_a_vit_it_is_that_of_the_patches_which_the_last_block_receives():
     side = 16 // net.patch_size
     features = x[:, 1:].movedim(1, 2).reshape(2, -1, side, side).detach().requires_grad_()
     tokens = torch.cat([x[:, :1], features.flatten(2).movedim(2, 1)], 1)
-    logits = net.heads(net.encoder.ln(last(tokens))[:, 0])
-    assert_decided(adapted("vit_mini", 16), images, features, logits)
+    assert_decided(adapted("vit_mini", 16), images, features, net.heads(net.encoder.ln(last(tokens))[:, 0]))
 
 
 @pytest.mark.parametrize("answered", [True, False])
@@ -148,5 +146,4 @@ def test_the_page_of_a_run_shows_it_beside_each_mistake(finetune, images, pictur
     assert explain.call_count == 1
     pytest.importorskip("timm")
     options = "--checkpoint none --no-freeze-backbone --lora-rank 0 --head-init random --arch timm:regnety_002"
-    results = finetune(f"{options} --image-size 32 --epochs 1", "regnet")
-    assert (results["folder"] / "report.html").exists()
+    assert (finetune(f"{options} --image-size 32 --epochs 1", "regnet")["folder"] / "report.html").exists()
