@@ -982,9 +982,17 @@ class FineTuning(RunState):
             _, self.head_temperature, _ = tasks.start_head(self.task, self.model, trained_on, self.args, clusters)
         if self.baseline["probe"] is None and self.args.head_init == "probe":
             self.baseline["probe"] = self.evaluate(self.loaders.val).score
+        if self.head_temperature.optimism is not None and not self.loaders.has_masks:
+            spread = self.task.spread(self.overlaid_outputs()).item()
+            self.head_temperature = self.head_temperature._replace(spread=spread)
         self.task.soften(self.model, self.temperature)
         self.start_adapters()
         return features
+
+    def overlaid_outputs(self) -> Tensor:
+        """Outputs (N, K) for the guard's images, laid one over another: what training has not seen."""
+        pairs = evaluation.overlaid(self.loaders.watched)
+        return evaluation.all_outputs(self.network, pairs, self.device, self.dtype)[0]
 
     def start_adapters(self) -> None:
         """Start the adapters at the gradient of the first images, and remember this start."""
@@ -1189,7 +1197,13 @@ class FineTuning(RunState):
             outputs, targets = self.task.pixel_outputs(self.model, self.loaders.watched, *how)
         else:
             outputs, targets = evaluation.all_outputs(self.network, self.loaders.augmented, self.device, self.dtype)
-        self.task.calibrate(outputs, targets, optimism)
+        temperature = self.task.believable_temperature(outputs, targets, optimism)
+        before = self.head_temperature.spread
+        # Few images are known by heart, in all their views: what is new is to be answered as surely as by the probe.
+        if before and (spread := self.task.spread(self.overlaid_outputs()).item()) > 0:
+            share = len(self.splits.train) / (len(self.splits.train) + tasks.SURE_IMAGES)
+            temperature = temperature**share * (spread / before) ** (1 - share)
+        self.task.calibrate(outputs, targets, temperature)
         self.task.soften(self.model, self.task.temperature)
         return True
 

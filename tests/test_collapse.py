@@ -14,7 +14,7 @@ from torch import nn
 from finetune_lora import FineTuning, load_finetuned, train
 from lora_utils import read_adapter_file, trained_state
 from tests.run_folders import assert_identical, assert_same_tensors, column, metrics, train_on, writes_nothing
-from toolkit.answers import probe
+from toolkit.answers import evaluation, probe, tasks
 from toolkit.answers.evaluation import Evaluation, all_outputs, evaluate
 from toolkit.answers.tasks import Classification, Regression, Segmentation
 from toolkit.images.data import LabelledImages, Transformed, build_loader
@@ -203,6 +203,29 @@ def test_views_of_the_start_calibrate_unless_that_takes_fewer(start, spy, monkey
     assert len(features) == started
     load = spy(Transformed, "__getitem__")
     assert run.calibrate() and load.call_count == loaded
+
+
+def test_overlaid_images_are_answered_as_surely_as_by_the_probe(start, monkeypatch):
+    """Logits a hundred times as large are a hundred times too sure; of many images it is their views that say so."""
+    run = start()
+    run.start()
+    head = probe.linear_head(run.model)
+    run.task.soften(run.model, 1 / run.temperature)
+    assert run.task.spread(run.overlaid_outputs()).item() == pytest.approx(run.head_temperature.spread)
+    head.weight.data.mul_(100)
+    head.bias.data.mul_(100)
+    views = evaluation.all_outputs(run.network, run.loaders.augmented, run.device)
+    fitted = run.task.believable_temperature(*views, 1.0)
+    run.head_temperature = run.head_temperature._replace(optimism=3.0)
+    monkeypatch.setattr(tasks, "SURE_IMAGES", 2 * len(run.splits.train))  # a third of the say is the views'
+    assert run.calibrate()
+    assert run.task.temperature == pytest.approx((3 * fitted) ** (1 / 3) * 100 ** (2 / 3), rel=1e-3)
+
+
+def test_overlaid_images_are_halves_of_two():
+    images = torch.tensor([0.0, 2.0, 4.0, 10.0])[:, None]
+    [(mixed, targets)] = evaluation.overlaid([(images, torch.arange(4))])
+    assert mixed[:, 0].tolist() == [5, 3, 3, 5] and targets.tolist() == [0, 1, 2, 3]
 
 
 def test_norms_follow_adapters_by_images_as_they_are(start):

@@ -1,7 +1,7 @@
 """Answers of a model over a loader, features, k-NN, and BatchNorm statistics for both."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -81,6 +81,12 @@ def over_loader(model: nn.Module, loader: Iterable, device: torch.device, dtype:
             outputs.append(computed(model, images, device, dtype).float())
             targets.append(devices.to_device(its_targets, device))
     return distributed.interleave(torch.cat(outputs)), distributed.interleave(torch.cat(targets))
+
+
+def overlaid(loader: Iterable) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of a loader, each image half covered by another one's (arXiv 1710.09412), and the image's target."""
+    for images, targets in loader:
+        yield (images + images.flip(0)) / 2, targets
 
 
 def extract_features(

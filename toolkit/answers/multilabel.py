@@ -255,9 +255,12 @@ class MultiLabel(parts.Task):
 
         return measures.fit_temperature(outputs - constant, loss)
 
-    def calibrate(self, outputs, targets, optimism) -> None:
+    def spread(self, outputs: Tensor) -> Tensor:
+        return (outputs - self.constant_logits.to(outputs.device)).square().mean().sqrt()
+
+    def calibrate(self, outputs, targets, temperature) -> None:
         """The thresholds are those that reach the goal on these views."""
-        super().calibrate(outputs, targets, optimism)
+        super().calibrate(outputs, targets, temperature)
         answers = LabelAnswers(0.0, self.softened(outputs, self.temperature).sigmoid(), targets)
         self.thresholds = answers.thresholds_for(self.goal).nan_to_num(THRESHOLD)
 

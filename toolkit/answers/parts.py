@@ -97,6 +97,8 @@ class Task:
     first_temperature: Callable[[nn.Module, Tensor, Tensor, bool], probe.HeadTemperature]
     # The temperature of outputs with the smallest plain loss, by outputs, targets and a label smoothing that bounds it
     fitted_temperature: Callable[..., float]
+    # How far outputs (N, K) are from those of a constant answer, as root mean square, which a temperature divides
+    spread: Callable[[Tensor], Tensor]
     # A table of predictions, for outputs: what stands in each column, for each image
     columns: Callable[[Tensor], Mapping[str, Sequence[str]]]
 
@@ -151,9 +153,9 @@ class Task:
         constant = torch.as_tensor(self.constant_logits, dtype=outputs.dtype, device=outputs.device)
         return torch.lerp(constant, outputs, 1 / temperature)
 
-    def calibrate(self, outputs: Tensor, targets: Tensor, optimism: float | None) -> None:
-        """Choose the temperature, and all that depends on it: see `believable_temperature`."""
-        self.temperature = self.believable_temperature(outputs, targets, optimism)
+    def calibrate(self, outputs: Tensor, targets: Tensor, temperature: float) -> None:
+        """Take a temperature, and choose all that depends on it by outputs for training views."""
+        self.temperature = temperature
 
     def believable_temperature(self, outputs: Tensor, targets: Tensor, optimism: float | None) -> float:
         """What makes probabilities believable, by outputs for training views; 1 if the head's optimism is unknown."""
@@ -240,6 +242,9 @@ class SoftmaxObjective(Task):
             losses = losses * weights[targets.clamp_min(0)]
         known = (targets != evaluation.NO_LABEL).reshape(len(targets), -1).sum(1).clamp_min(1)
         return losses.reshape(len(targets), -1).sum(1) / known
+
+    def spread(self, outputs: Tensor) -> Tensor:
+        return outputs.var(1, correction=0).mean().sqrt()
 
     def first_temperature(self, model, features, targets, features_train) -> probe.HeadTemperature:
         loss = functools.partial(F.cross_entropy, target=targets, label_smoothing=self.label_smoothing)

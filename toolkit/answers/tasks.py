@@ -19,7 +19,7 @@ from toolkit.choices import DEFAULT_TASK
 from toolkit.images.sources import Splits
 
 TASKS: Mapping[str, type[Task]] = {task.kind: task for task in (Classification, MultiLabel, Regression, Segmentation)}
-SURE_IMAGES = 500  # from this many on a temperature fitted in cross-validation says more than that it should be 1
+SURE_IMAGES = 100  # of fewer the answers for overlaid ones say more of how sure a network may be than those for views
 
 
 class Features(NamedTuple):
@@ -60,24 +60,18 @@ def start_head(
     features_train = args.lora_rank > 0 or args.norms == "train" or not args.freeze_backbone
     temperature = task.first_temperature(model, *augmented, features_train)
     if started.held_out is not None:
-        temperature = temperature._replace(optimism=optimism(task, model, started.held_out, *augmented))
+        temperature = temperature._replace(optimism=optimism(task, model, *augmented))
     return baseline, temperature, found
 
 
-def optimism(task: Task, model: nn.Module, held_out: Tensor, features: Tensor, targets: Tensor) -> float:
+def optimism(task: Task, model: nn.Module, features: Tensor, targets: Tensor) -> float:
     """How much softer the head of `model`, a probe, has to be for unseen images than for its training images: a factor.
 
-    Few images say less of it than that it is 1: the probe's strength was chosen by the same answers. `held_out` is for
-    N images and their V views, (N + V N, K), of which the first counts; the features (V N, D) are of the views.
+    Features (N, D) are of the training images' views. For unseen images the probe is as soft as it has to be: its
+    strength was chosen by their loss, in cross-validation.
     """
-    targets = targets.cpu()
     views = probe.head_outputs(model, features).cpu()
-    images = len(held_out) - len(targets)
-    held_out = held_out[: 2 * images]
-    known = held_out.isfinite().all(1)
-    unseen = task.fitted_temperature(held_out[known], torch.cat([targets[:images]] * 2)[known])
-    unseen **= images / (images + SURE_IMAGES)
-    return unseen / task.fitted_temperature(views, targets, VIEW_SMOOTHING)
+    return 1 / task.fitted_temperature(views, targets.cpu(), VIEW_SMOOTHING)
 
 
 def task_of_run(args: argparse.Namespace, splits: Splits, device: torch.device) -> Task:
