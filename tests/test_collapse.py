@@ -220,12 +220,31 @@ def test_overlaid_images_are_answered_as_surely_as_by_the_probe(start, monkeypat
     monkeypatch.setattr(tasks, "SURE_IMAGES", 2 * len(run.splits.train))  # a third of the say is the views'
     assert run.calibrate()
     assert run.task.temperature == pytest.approx((3 * fitted) ** (1 / 3) * 100 ** (2 / 3), rel=1e-3)
+    head.weight.data.zero_()  # a constant answer says nothing of how sure it may be
+    head.bias.data.zero_()
+    run.calibrate()
+    assert run.task.temperature == 3
 
 
-def test_overlaid_images_are_halves_of_two():
-    images = torch.tensor([0.0, 2.0, 4.0, 10.0])[:, None]
-    [(mixed, targets)] = evaluation.overlaid([(images, torch.arange(4))])
-    assert mixed[:, 0].tolist() == [5, 3, 3, 5] and targets.tolist() == [0, 1, 2, 3]
+@pytest.mark.parametrize("spread", [None, 0.0])
+def test_views_alone_calibrate_where_the_probe_says_nothing_of_overlaid_images(start, spread):
+    run = start()
+    run.start()
+    views = evaluation.all_outputs(run.network, run.loaders.augmented, run.device)
+    run.head_temperature = run.head_temperature._replace(spread=spread)
+    assert run.calibrate()
+    expected = run.task.believable_temperature(*views, run.head_temperature.optimism)
+    assert run.task.temperature == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_guards_images_are_laid_one_over_another(start):
+    run = start()
+    run.start()
+    [(images, _)] = run.loaders.watched
+    halves = (images[0] + images[-1]) / 2
+    [(overlaid, _)] = evaluation.overlaid(run.loaders.watched)
+    torch.testing.assert_close(overlaid[[0, -1]], torch.stack([halves, halves]))
+    torch.testing.assert_close(run.overlaid_outputs()[-1:], run.model.eval()(halves[None]))
 
 
 def test_norms_follow_adapters_by_images_as_they_are(start):
