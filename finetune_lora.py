@@ -42,7 +42,7 @@ from lora.nf4 import NF4Weight, dense_weight
 from lora_utils import LoRAManager, base_digests, count_parameters, full_rank, read_adapter_file, trained_state
 from toolkit import SHIPPED as DEFAULT_CHECKPOINT  # noqa: F401
 from toolkit import InputError, config, devices, distributed, dotted, listed, printable, same_file
-from toolkit.answers import evaluation, probe, tasks
+from toolkit.answers import evaluation, measures, probe, tasks
 from toolkit.choices import TRUTHS
 from toolkit.files import read_checkpoint, save_atomically, write_cells
 from toolkit.images import bands, data, transforms
@@ -982,8 +982,8 @@ class FineTuning(RunState):
             _, self.head_temperature, _ = tasks.start_head(self.task, self.model, trained_on, self.args, clusters)
         if self.baseline["probe"] is None and self.args.head_init == "probe":
             self.baseline["probe"] = self.evaluate(self.loaders.val).score
-        if self.head_temperature.optimism is not None and not self.loaders.has_masks:
-            spread = self.task.spread(self.overlaid_outputs()).item()
+        if self.head_temperature.optimism is not None and self.task.counts_images:  # of labels it gained nothing
+            spread = measures.spread(self.overlaid_outputs())
             self.head_temperature = self.head_temperature._replace(spread=spread)
         self.task.soften(self.model, self.temperature)
         self.start_adapters()
@@ -1200,7 +1200,7 @@ class FineTuning(RunState):
         temperature = self.task.believable_temperature(outputs, targets, optimism)
         before = self.head_temperature.spread
         # Few images are known by heart, in all their views: what is new is to be answered as surely as by the probe.
-        if before and (spread := self.task.spread(self.overlaid_outputs()).item()) > 0:
+        if before and (spread := measures.spread(self.overlaid_outputs())) > 0:
             share = len(self.splits.train) / (len(self.splits.train) + tasks.SURE_IMAGES)
             temperature = temperature**share * (spread / before) ** (1 - share)
         self.task.calibrate(outputs, targets, temperature)

@@ -14,7 +14,7 @@ from torch import nn
 from finetune_lora import FineTuning, load_finetuned, train
 from lora_utils import read_adapter_file, trained_state
 from tests.run_folders import assert_identical, assert_same_tensors, column, metrics, train_on, writes_nothing
-from toolkit.answers import evaluation, probe, tasks
+from toolkit.answers import evaluation, measures, probe, tasks
 from toolkit.answers.evaluation import Evaluation, all_outputs, evaluate
 from toolkit.answers.tasks import Classification, Regression, Segmentation
 from toolkit.images.data import LabelledImages, Transformed, build_loader
@@ -211,7 +211,7 @@ def test_overlaid_images_are_answered_as_surely_as_by_the_probe(start, monkeypat
     run.start()
     head = probe.linear_head(run.model)
     run.task.soften(run.model, 1 / run.temperature)
-    assert run.task.spread(run.overlaid_outputs()).item() == pytest.approx(run.head_temperature.spread)
+    assert measures.spread(run.overlaid_outputs()) == pytest.approx(run.head_temperature.spread)
     head.weight.data.mul_(100)
     head.bias.data.mul_(100)
     views = evaluation.all_outputs(run.network, run.loaders.augmented, run.device)

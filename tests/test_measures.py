@@ -347,3 +347,8 @@ def test_the_temperature_makes_logits_mean_what_they_say(right, of, gap):
     found = measures.fit_temperature(logits, lambda shown: F.cross_entropy(shown, labels))
     assert found == pytest.approx(gap / math.log(right / (of - right)), rel=1e-3)
     assert measures.fit_temperature(torch.zeros(of, 2), lambda shown: F.cross_entropy(shown, labels)) == 1
+
+
+def test_logits_spread_about_the_mean_of_each_image():
+    logits = torch.tensor([[7.0, 1.0, 1.0], [5.0, 5.0, 5.0]])
+    assert measures.spread(logits) == pytest.approx(2)  # (16 + 4 + 4 + 0 + 0 + 0) / 6 is its square

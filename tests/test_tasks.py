@@ -163,15 +163,6 @@ def test_a_believable_temperature_is_that_of_the_views_times_the_optimism(kind):
     assert task.temperature == 1 and (kind == "classes" or task.thresholds.ne(0.5).any())
 
 
-def test_outputs_spread_as_far_as_they_are_from_a_constant_answer():
-    """Of classes that is the same logit for each, of labels the logits of their shares."""
-    outputs = torch.tensor([[7.0, 1.0, 1.0], [0.0, 0.0, 0.0]])
-    assert tasks.Classification(NAMES).spread(outputs).item() == pytest.approx(2)  # (16 + 4 + 4 + 0) / 6
-    labels = tasks.MultiLabel(NAMES)
-    labels.constant_logits = torch.tensor([1.0, -1.0, 1.0])
-    assert labels.spread(outputs).item() == pytest.approx((43 / 6) ** 0.5)  # 36 + 4 + 0 + 1 + 1 + 1
-
-
 def test_thresholds_reach_their_goal_with_the_head_as_it_is_kept():
     """Its logits were divided by the temperature: thresholds of other probabilities reach less or more."""
     outputs, targets = drawn(400, unknown=0.0)

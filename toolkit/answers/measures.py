@@ -288,6 +288,11 @@ def calibration_error_by_chance(bins: Tensor) -> float:
     return ((mean + 1.645 * spread) / images.sum()).item()
 
 
+def spread(logits: Tensor) -> float:
+    """How far logits (N, K) are from the mean of their row, as root mean square: a temperature divides it."""
+    return logits.var(1, correction=0).mean().sqrt().item()
+
+
 def fit_temperature(logits: Tensor, loss: Callable[[Tensor], Tensor]) -> float:
     """What divides logits for the smallest loss (arXiv 1706.04599, section 4.2); 1 if they are all the same."""
     from scipy.optimize import minimize_scalar

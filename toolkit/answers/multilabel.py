@@ -255,9 +255,6 @@ class MultiLabel(parts.Task):
 
         return measures.fit_temperature(outputs - constant, loss)
 
-    def spread(self, outputs: Tensor) -> Tensor:
-        return (outputs - self.constant_logits.to(outputs.device)).square().mean().sqrt()
-
     def calibrate(self, outputs, targets, temperature) -> None:
         """The thresholds are those that reach the goal on these views."""
         super().calibrate(outputs, targets, temperature)

@@ -97,8 +97,6 @@ class Task:
     first_temperature: Callable[[nn.Module, Tensor, Tensor, bool], probe.HeadTemperature]
     # The temperature of outputs with the smallest plain loss, by outputs, targets and a label smoothing that bounds it
     fitted_temperature: Callable[..., float]
-    # How far outputs (N, K) are from those of a constant answer, as root mean square, which a temperature divides
-    spread: Callable[[Tensor], Tensor]
     # A table of predictions, for outputs: what stands in each column, for each image
     columns: Callable[[Tensor], Mapping[str, Sequence[str]]]
 
@@ -242,9 +240,6 @@ class SoftmaxObjective(Task):
             losses = losses * weights[targets.clamp_min(0)]
         known = (targets != evaluation.NO_LABEL).reshape(len(targets), -1).sum(1).clamp_min(1)
         return losses.reshape(len(targets), -1).sum(1) / known
-
-    def spread(self, outputs: Tensor) -> Tensor:
-        return outputs.var(1, correction=0).mean().sqrt()
 
     def first_temperature(self, model, features, targets, features_train) -> probe.HeadTemperature:
         loss = functools.partial(F.cross_entropy, target=targets, label_smoothing=self.label_smoothing)

@@ -48,7 +48,7 @@ class HeadTemperature(NamedTuple):
     # By what factor the temperature that fits images which the probe has not seen is above the one that fits its
     # training images; None: not known.
     optimism: float | None = None
-    # `Task.spread` of the probe's outputs for training images laid one over another; None: not known.
+    # Of the probe's logits for training images laid one over another, as `measures.spread`; None: not known.
     spread: float | None = None
 
     def at(self, rate: float) -> float:
