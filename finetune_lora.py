@@ -982,7 +982,7 @@ class FineTuning(RunState):
             _, self.head_temperature, _ = tasks.start_head(self.task, self.model, trained_on, self.args, clusters)
         if self.baseline["probe"] is None and self.args.head_init == "probe":
             self.baseline["probe"] = self.evaluate(self.loaders.val).score
-        if self.head_temperature.optimism is not None and self.task.counts_images:  # of labels it gained nothing
+        if self.args.head_init == "probe" and self.task.counts_images:  # of several labels it gained nothing
             spread = measures.spread(self.overlaid_outputs())
             self.head_temperature = self.head_temperature._replace(spread=spread)
         self.task.soften(self.model, self.temperature)
@@ -1190,7 +1190,8 @@ class FineTuning(RunState):
     def calibrate(self) -> bool:
         """Make the probabilities believable, by training images: a temperature and, for several labels, thresholds."""
         optimism = self.head_temperature.optimism
-        if optimism is None and not self.task.always_calibrates:  # numbers, or a head that was no probe
+        before = self.head_temperature.spread
+        if optimism is None and before is None and not self.task.always_calibrates:  # numbers, or a head of no probe
             return False
         if self.loaders.has_masks:
             how = (self.device, self.dtype, len(self.loaders.watched_images))
@@ -1198,10 +1199,10 @@ class FineTuning(RunState):
         else:
             outputs, targets = evaluation.all_outputs(self.network, self.loaders.augmented, self.device, self.dtype)
         temperature = self.task.believable_temperature(outputs, targets, optimism)
-        before = self.head_temperature.spread
         # Few images are known by heart, in all their views: what is new is to be answered as surely as by the probe.
         if before and (spread := measures.spread(self.overlaid_outputs())) > 0:
-            share = len(self.splits.train) / (len(self.splits.train) + tasks.SURE_IMAGES)
+            images = 0 if optimism is None else len(self.splits.train)
+            share = images / (images + tasks.SURE_IMAGES)
             temperature = temperature**share * (spread / before) ** (1 - share)
         self.task.calibrate(outputs, targets, temperature)
         self.task.soften(self.model, self.task.temperature)

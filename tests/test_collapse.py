@@ -220,6 +220,10 @@ def test_overlaid_images_are_answered_as_surely_as_by_the_probe(start, monkeypat
     monkeypatch.setattr(tasks, "SURE_IMAGES", 2 * len(run.splits.train))  # a third of the say is the views'
     assert run.calibrate()
     assert run.task.temperature == pytest.approx((3 * fitted) ** (1 / 3) * 100 ** (2 / 3), rel=1e-3)
+    run.task.soften(run.model, 1 / run.task.temperature)
+    run.head_temperature = run.head_temperature._replace(optimism=None)  # of a probe of one image a class
+    assert run.calibrate() and run.task.temperature == pytest.approx(100, rel=1e-3)
+    run.head_temperature = run.head_temperature._replace(optimism=3.0)
     head.weight.data.zero_()  # a constant answer says nothing of how sure it may be
     head.bias.data.zero_()
     run.calibrate()
