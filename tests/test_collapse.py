@@ -241,6 +241,15 @@ def test_views_alone_calibrate_where_the_probe_says_nothing_of_overlaid_images(s
     assert run.task.temperature == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    "options", ["--head-init random", "--task multilabel --data-dir {0} --data-list {0}/labels.csv --group-by Patient"]
+)
+def test_only_a_probe_of_classes_is_asked_about_overlaid_images(start, hospital, options):
+    run = start(options.format(hospital))
+    run.start()
+    assert run.head_temperature.spread is None
+
+
 def test_the_guards_images_are_laid_one_over_another(start):
     run = start()
     run.start()
