@@ -96,10 +96,8 @@ def test_masks_are_compared_image_by_image(tmp_path, capsys):
     assert "mean IoU" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("report", "measure", "figure"), [(label_report, "macro AP", "macro_ap"), (number_report, "R2", "r2")]
-)
-def test_labels_and_numbers_are_compared_by_their_scores(tmp_path, report, measure, figure):
+@pytest.mark.parametrize("report, measure, key", [(label_report, "macro AP", "macro_ap"), (number_report, "R2", "r2")])
+def test_labels_and_numbers_are_compared_by_their_scores(tmp_path, report, measure, key):
     truth = (torch.rand(200, 2) < 0.4).float()
     truth[0, 0] = math.nan
     answers = truth.nan_to_num() + torch.tensor([2.0, 0.7])[:, None, None] * torch.randn(2, 200, 2)
@@ -107,7 +105,7 @@ def test_labels_and_numbers_are_compared_by_their_scores(tmp_path, report, measu
     paths = written(tmp_path, reports)
     found, *_ = comparison.compare(*paths)
     assert found.measure == measure
-    assert found.second == pytest.approx(reports[1].figures()[figure], abs=1e-4)
+    assert found.second == pytest.approx(reports[1].figures()[key], abs=1e-4)
     assert found.low > 0 and found.p < 0.01
     alike, *_ = comparison.compare(*written(tmp_path, reports[:1] * 2, name="alike.json"))
     assert (alike.second - alike.first, alike.p) == (0, 1)

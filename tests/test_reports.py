@@ -109,12 +109,10 @@ def test_scores_that_are_not_defined_are_said_to_be_that(tmp_path):
 
 
 def test_accuracies_and_times_are_told_as_people_say_them():
-    for right, of, share in (
-        (12, 24, "50.00% (95% interval 31% to 69%)"),
-        (356, 359, "99.16% (95% interval 97.6% to 99.7%)"),
-    ):
+    for right, of, share, ends in ((12, 24, "50.00%", "31% to 69%"), (356, 359, "99.16%", "97.6% to 99.7%")):
         result = evaluation([1] * of, [1] * right + [0] * (of - right))
-        assert next(TASK.report(result).rows()) == ("accuracy", f"{right} of {of} images, {share}")
+        told = f"{right} of {of} images, {share} (95% interval {ends})"
+        assert next(TASK.report(result).rows()) == ("accuracy", told)
     told = {0.04: "0.0 s", 9.94: "9.9 s", 9.96: "10 s", 99: "99 s", 150: "2 min", 5400: "90 min", 9000: "2.5 h"}
     assert list(map(reports.duration, told)) == list(told.values())
 

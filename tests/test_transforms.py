@@ -156,13 +156,9 @@ def test_a_jpeg_decoded_at_a_reduced_size_is_nearly_the_same(tmp_path, spy, name
 def test_evaluation_decodes_twice_as_many_pixels_as_it_shows(tmp_path, spy):
     """But all pixels where an image is turned whose last block is not whole."""
     load = spy(transforms, "to_rgb")
-    for size, orientation, shrunk in (
-        ((256, 256), 1, (128, 128)),
-        ((257, 256), 3, (257, 256)),
-        ((256, 257), 3, (256, 257)),
-    ):
+    for size, turn, shrunk in (((256, 256), 1, (128, 128)), ((257, 256), 3, (257, 256)), ((256, 257), 3, (256, 257))):
         exif = Image.Exif()
-        exif[274] = orientation
+        exif[274] = turn
         photograph(tmp_path / "large.jpg", size, exif=exif)
         transforms.eval_transform(64)(Image.open(tmp_path / "large.jpg"))
         [image], _ = load.call_args
