@@ -110,15 +110,7 @@ def test_of_many_images_some_are_looked_at(base, images, tmp_path, monkeypatch, 
     assert len(choose(base, *pool, "--count", "22", "--output", tmp_path / "more")) == 21  # that can be read
 
 
-def test_labels_that_held_out_answers_contradict_come_worst_first():
-    """Two views of five images: one is right, one a little wrong, one very, one not held out, and the last a draw."""
-    view = torch.tensor([[5.0, 1, 0], [2, 1, 0], [0, 1, 5], [torch.nan] * 3, [1, 1, 0]])
-    other = view + torch.tensor([0, 0, 2.0]) * (torch.arange(5) == 2)[:, None]
-    found = choosing.contradicted(torch.cat([view, other]), torch.tensor([0, 1, 1, 0, 0]))
-    assert found == [(2, 2, pytest.approx(np.exp(5))), (1, 0, pytest.approx(np.exp(1)))]
-
-
-def test_a_run_lists_the_training_images_whose_label_seems_wrong(finetune, images, tmp_path):
+def test_a_run_lists_the_training_images_whose_label_seems_wrong_worst_first(finetune, images, tmp_path):
     """One of the dark images lies among the bright ones; a resumed run knows of it as well."""
     mixed = shutil.copytree(images, tmp_path / "mixed")
     shutil.copy(images / "val/dark/0.png", mixed / "train/bright/wrong.png")
@@ -137,3 +129,8 @@ def test_a_run_lists_the_training_images_whose_label_seems_wrong(finetune, image
     folder = finetune(f"{options} --labels-per-class 1", "other")["folder"]
     assert not (folder / "labels_to_check.csv").exists()
     assert "Labels to look at" not in (folder / "report.html").read_text()
+    # Two views of five images: one is right, one a little wrong, one very, one not held out, and the last a draw.
+    view = torch.tensor([[5.0, 1, 0], [2, 1, 0], [0, 1, 5], [torch.nan] * 3, [1, 1, 0]])
+    other = view + torch.tensor([0, 0, 2.0]) * (torch.arange(5) == 2)[:, None]
+    found = choosing.contradicted(torch.cat([view, other]), torch.tensor([0, 1, 1, 0, 0]))
+    assert found == [(2, 2, pytest.approx(np.exp(5))), (1, 0, pytest.approx(np.exp(1)))]

@@ -428,7 +428,7 @@ def test_a_crop_has_a_known_pixel_wherever_these_are(augmentation):
     assert len(set.union(*columns)) > 20  # anywhere in the crop
 
 
-def test_places_and_zooms_vary():
+def test_places_and_zooms_vary_and_a_crop_of_known_pixels_stays_where_it_is_drawn():
     image, mask = ramp(100, 120, 2)
     crop, _ = pair_transforms(32, "crop", **TWO_BANDS)
     spans = []
@@ -440,10 +440,7 @@ def test_places_and_zooms_vary():
     assert 0.45 < min(spans) < 0.55 and 1.9 < max(spans) < 2.1
     assert abs(np.mean(np.log2(spans))) < 0.1  # as often smaller as larger
     assert min(corners) < 15 and max(corners) > 150
-
-
-def test_a_crop_of_known_pixels_stays_where_it_is_drawn():
-    """Only one that shows nothing known is drawn anew: else pixels in the middle would be seen more often."""
+    # Only a crop that shows nothing known is drawn anew: else pixels in the middle would be seen more often.
     crop, _ = pair_transforms(16, "none", **TWO_BANDS)
     image = np.indices((40, 60)).transpose(1, 2, 0).astype(np.float32)  # each pixel's row and column
     for seed in range(5):

@@ -92,7 +92,7 @@ def summary(task, report, baseline: dict, folder, **results) -> list[tuple[str, 
     return list(reports.summary(run, defaultdict(lambda: 1, {"device": "cpu", "chosen_by": {}} | results), report))
 
 
-def test_scores_that_are_not_defined_are_said_to_be_that(tmp_path):
+def test_the_summary_says_which_scores_are_not_defined_what_images_chose_and_groups(tmp_path):
     """Of labels of which no evaluation image is known, or numbers that do not differ."""
     task = MultiLabel(["cat", "dog"])
     report = task.report(multilabel.LabelAnswers(0.1, torch.rand(9, 2), torch.full((9, 2), torch.nan)))
@@ -106,6 +106,14 @@ def test_scores_that_are_not_defined_are_said_to_be_that(tmp_path):
     report.draw(tmp_path / "curves.png")
     run = argparse.Namespace(task=task, baseline=baseline, by_unlabelled=None)
     assert "nan" not in reports.describe_start(run)
+    of_run = TASK, TASK.report(evaluation([0, 1], [1, 0])), {"knn": None, "probe": None}, tmp_path
+    groups = ("", "35 images in 18 groups (patient); intervals are over groups")
+    assert groups not in summary(*of_run, val_images=35)
+    chosen = {"learning rate": "trials", "epoch": "the evaluation images"}
+    numbers = {"val_images": 35, "val_groups": 18, "kept_epoch": 2, "epochs": 3, "learning_rate": 1e-3}
+    rows = summary(*of_run, chosen_by=chosen, **numbers)
+    told = {("", "learning rate 1e-3 chosen by trials"), ("", "epoch 2 of 3 chosen by the evaluation images")}
+    assert {groups, *told} <= {*rows}
 
 
 def test_accuracies_and_times_are_told_as_people_say_them():
@@ -208,17 +216,6 @@ def test_it_is_said_how_far_probabilities_can_be_believed(labels):
 
 def images(count: int) -> LabelledImages:
     return LabelledImages([Image.new("RGB", (8, 8))] * count, [0] * count)
-
-
-def test_groups_of_an_interval_and_what_images_chose_are_said(tmp_path):
-    of_run = TASK, TASK.report(evaluation([0, 1], [1, 0])), {"knn": None, "probe": None}, tmp_path
-    groups = ("", "35 images in 18 groups (patient); intervals are over groups")
-    assert groups not in summary(*of_run, val_images=35)
-    chosen = {"learning rate": "trials", "epoch": "the evaluation images"}
-    numbers = {"val_images": 35, "val_groups": 18, "kept_epoch": 2, "epochs": 3, "learning_rate": 1e-3}
-    rows = summary(*of_run, chosen_by=chosen, **numbers)
-    told = {("", "learning rate 1e-3 chosen by trials"), ("", "epoch 2 of 3 chosen by the evaluation images")}
-    assert {groups, *told} <= {*rows}
 
 
 def test_a_label_that_no_image_has_is_left_out_and_said(labels, tmp_path):
