@@ -70,7 +70,7 @@ def effective_weight(W: Tensor, A: Tensor, B: Tensor, scaling: float, groups: in
 
 def _operand(weight: Weight, dtype: torch.dtype) -> Tensor | Int8Weight:
     """The weight as products take it: in 8 bits as it is where they are exact, else dense in ``dtype``."""
-    if isinstance(weight, Int8Weight) and multiplies_exactly(weight.codes.device.type, *weight.shape):
+    if isinstance(weight, Int8Weight) and multiplies_exactly(weight.codes.device.type, weight.shape[1]):
         return weight
     return dense_weight(weight, dtype)
 

@@ -110,7 +110,7 @@ def quantize_rows(x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Ten
 def _multiplied(x: Tensor, before: Tensor | None, matrix: Tensor, after: Tensor | None, bias: Tensor | None) -> Tensor:
     """``((x before) matrix) after + bias``, (N, k) -> (N, n), with x's rows as codes. matrix: (k, n), int8."""
     codes, scale = quantize_rows(x, before)
-    y = scale.new_empty(len(x), matrix.shape[1], dtype=x.dtype)
+    y = scale.new_empty(x.shape[0], matrix.shape[1], dtype=x.dtype)
     for part, its_codes, its_scale in _blocks(MULTIPLIED_AT_ONCE, y, codes, scale):
         sums = part if x.dtype == torch.float32 else torch.empty_like(part, dtype=torch.float32)
         sums.copy_(_product(its_codes, matrix))
