@@ -25,8 +25,6 @@ def adapted(stock: nn.Module, four_bits: bool = False, base_dtype: torch.dtype |
     return randomize_adapters(layer)
 
 
-# ------------------------------------------------------------------ every kind of layer, however its weight is stored
-
 LINEAR = {"no rows": (0, 22), "one row": (22,), "few rows": (3, 22), "many rows": (2, 50, 22), "no bias": (50, 22)}
 CONVOLUTIONS = {
     "1x1": {},
@@ -307,9 +305,6 @@ def test_the_fast_path_of_encoders_does_not_bypass_the_adapters(layers, padded, 
             assert getattr(ours, flag, 0) == getattr(theirs, flag, 0)
 
 
-# ----------------------------------------------------------------------------------------- merged, saved and converted
-
-
 @pytest.mark.parametrize("storage", ["float32", "bf16", "bf16 base", "8 bits", "4 bits"])
 @pytest.mark.parametrize("case", ["many rows", "3x3, stride 2", "wide depthwise", *INPUTS])
 def test_merging(case, storage):
@@ -394,9 +389,6 @@ def test_a_layer_is_copied_saved_loaded_and_cast_like_any_other(storage, tmp_pat
         del state["weight.absmax"]
         with pytest.raises(RuntimeError, match=r'Missing key.*"weight\.absmax"'):
             other.load_state_dict(state)
-
-
-# ----------------------------------------------------------------------------------------- a base stored in fewer bits
 
 
 @pytest.mark.parametrize("bits", dense.FEWER_BITS)

@@ -1,6 +1,7 @@
 """The learning rates of a run: the default, the schedule, and the search for one."""
 
 import math
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -58,39 +59,36 @@ def test_adapters_of_a_resnet_learn_twice_as_fast_from_a_head_as_soft(norms, sta
         assert run.temperature == pytest.approx(100 * run.rate * 24)
 
 
-def variance_on(images: int):
-    """Of accuracies that are measured on so many images."""
-    return lambda accuracy: Classification(["cat", "dog"]).variance(accuracy, images)
-
-
 USUAL = 1e-4
+VARIANCE = Classification(["cat", "dog"]).variance
 
 
 def test_of_rates_that_chance_may_have_ordered_the_nearest_to_the_usual_one_is_taken():
     accuracies = [0.5, 0.88, 0.85, 0.88, 0.9, 0.89, 0.0]
     trials = [Trial(rate, accuracy, 0.0) for rate, accuracy in zip(RATES, accuracies, strict=True)]
-    assert [choose(trials, variance_on(images), USUAL) for images in (20, 100, 10_000)] == [1e-4, 3e-4, 1e-3]
+    for images, expected in ((20, 1e-4), (100, 3e-4), (10_000, 1e-3)):
+        assert choose(trials, partial(VARIANCE, images=images), USUAL) == expected
     alike = [Trial(rate, 1.0, 0.0) for rate in RATES]
     for options, expected in (("", 1e-4), ("--lora-rank 0 --no-freeze-backbone", 1e-3), ("--lora-rank 0", 1e-4)):
         usual = search.usual_rate(read_options(options.split())[0])
-        assert choose(alike, variance_on(5), usual) == expected
+        assert choose(alike, partial(VARIANCE, images=5), usual) == expected
 
 
 def test_a_rate_at_which_training_collapses_is_not_taken_for_numbers_that_no_rate_learns():
     """Their R2 is below 0, which is what a collapsed trial is given."""
-    variance = Regression(["age"], mean=torch.zeros(1), std=torch.ones(1)).variance
+    variance = partial(Regression(["age"], mean=torch.zeros(1), std=torch.ones(1)).variance, images=100)
     trials = [Trial(rate, -0.1, 1.1) if rate < 1e-4 else Trial(rate, 0.0, math.inf) for rate in RATES]
-    assert choose(trials, lambda score: variance(score, 100), USUAL) == 3e-5
-    assert choose([Trial(rate, 0.0, math.inf) for rate in RATES], lambda score: variance(score, 100), USUAL) == 1e-4
+    assert choose(trials, variance, USUAL) == 3e-5
+    assert choose([Trial(rate, 0.0, math.inf) for rate in RATES], variance, USUAL) == 1e-4
 
 
 def test_where_no_trial_has_a_score_the_lowest_loss_chooses(capsys):
     """As of numbers that do not differ on the validation part; the trials are paid for."""
     trials = [Trial(rate, math.nan, abs(math.log(rate / 1e-3))) for rate in RATES]
-    assert choose(trials, variance_on(100), USUAL) == 1e-3
+    assert choose(trials, partial(VARIANCE, images=100), USUAL) == 1e-3
     assert "the score is not defined on the validation part" in capsys.readouterr().out
     trials[0] = Trial(RATES[0], 0.5, 9.0)
-    assert choose(trials, variance_on(100), USUAL) == RATES[0]
+    assert choose(trials, partial(VARIANCE, images=100), USUAL) == RATES[0]
 
 
 def test_a_short_run_searches_among_the_rates_that_it_can_train_at():

@@ -28,11 +28,9 @@ from toolkit.run.training import MicroBatches
 
 def gradients(run: FineTuning, sizes: list[int]) -> tuple[tuple[float, int], dict[str, torch.Tensor]]:
     """Loss, right answers and gradients of a step on the first training images, in batches of these sizes."""
-    images = iter(range(sum(sizes)))
-    batches = []
-    for size in sizes:
-        batches.append(default_collate([run.loaders.train.dataset[next(images) * 5 % 21] for _ in range(size)]))
-    figures = train_on(run, MicroBatches(iter(batches), len(batches), sum(sizes), True))
+    images, labels = default_collate([run.loaders.train.dataset[i * 5 % 21] for i in range(sum(sizes))])
+    batches = zip(images.split(sizes), labels.split(sizes), strict=True)
+    figures = train_on(run, MicroBatches(batches, len(sizes), sum(sizes), True))
     return figures, {name: p.grad for name, p in run.model.named_parameters() if p.grad is not None}
 
 

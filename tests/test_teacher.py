@@ -29,8 +29,6 @@ from toolkit.run.guard import Guard, Keep
 from toolkit.run.teacher import Teacher
 from toolkit.run.training import MicroBatches
 
-# ------------------------------------------------------------------------------------------------------ which are read
-
 
 @pytest.fixture
 def others(tmp_path, images):
@@ -160,9 +158,6 @@ def test_below_five_labels_a_class_they_do_not_train(start, images, monkeypatch)
     assert "images without labels, below 5 labels a class, do not train" in told and told.endswith("no labelled image")
 
 
-# -------------------------------------------------------------------------------------------------------- the teacher
-
-
 def teacher_of(certainty=0.8, shares=(0.5, 0.25, 0.25)) -> Teacher:
     """A teacher of a linear network of two inputs and three classes, for four images."""
     network = nn.Linear(2, 3)
@@ -275,9 +270,6 @@ def test_what_was_answered_surely_stays_so_but_for_what_must_have_been_wrong():
         assert found.still_sure(logits) is still_sure
 
 
-# ------------------------------------------------------------------------------------------------------- how they train
-
-
 @pytest.fixture
 def taught(start, images, monkeypatch):
     """A run that has begun, of 15 images with labels and 6 without, in batches of 4 and 4."""
@@ -346,14 +338,11 @@ def test_at_the_end_the_head_is_estimated_by_what_the_trained_network_sees(taugh
     views = taught.loaders.unlabelled_views(torch.arange(6))
     expected, _ = evaluation.all_outputs(taught.model, views, CPU, torch.float32)
     torch.testing.assert_close(others @ torch.full((3, 192), 2.0).T + 1, expected)
-    taught.rate /= 2
-    assert not taught.estimate_head()  # of what trained at a lowered rate,
-    taught.rate *= 2
-    taught.kept.at_start = True
-    assert not taught.estimate_head()  # of what did harm,
-    taught.kept.at_start = False
-    taught.teacher = None
-    assert not taught.estimate_head()  # and without images without labels
+    # Not of what trained at a lowered rate, of what did harm, and without images without labels.
+    untold = ((taught, "rate", taught.rate / 2), (taught.kept, "at_start", True), (taught, "teacher", None))
+    for owner, name, value in untold:
+        with mock.patch.object(owner, name, value):
+            assert not taught.estimate_head()
 
 
 @pytest.mark.parametrize(("labels", "views"), [(5, 6), (3, 8)])
