@@ -22,23 +22,18 @@ EXACT = 1e-9  # in float64, where a ReLU does not change its mind for a rounding
 FEWER_BITS = {16: {"base_dtype": torch.bfloat16}, 8: {"base_dtype": torch.int8}, 4: {"use_qlora": True}}
 
 
-class Operations(TorchDispatchMode):
-    """The names of the operations that PyTorch runs within the `with` block."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(str(function))
-        return function(*args, **(kwargs or {}))
-
-
 def count_operations(function: Callable[[], object], *parts: str) -> int:
     """How many operations PyTorch runs there whose names have one of these parts."""
-    with Operations() as operations:
+    names = []
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            names.append(str(operation))
+            return operation(*args, **(kwargs or {}))
+
+    with Names():
         function()
-    return sum(part in name for name in operations.names for part in parts)
+    return sum(part in name for name in names for part in parts)
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

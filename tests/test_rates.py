@@ -31,9 +31,7 @@ def test_a_short_run_trains_at_a_lower_rate():
         assert optim.warmup_steps(epochs, an_epoch, in_all) == steps
     assert FineTuneOptions().warmup_epochs == 1  # any other number is as typed
     assert optim.warmup_steps(8, 50, 500) == 400 and optim.warmup_steps(0, 1, 10) == 0
-
-
-def test_only_adapters_of_whole_images_that_start_at_the_gradient_get_another_rate():
+    # Of adapters of whole images that start at the gradient alone.
     others = {"head_init": "random", "lora_init": "random", "freeze_backbone": False, "task": "segmentation"}
     for name, value in others.items():
         assert optim.run_divisor(FineTuneOptions(**{name: value}), rate=1e-2, steps=2) == 1

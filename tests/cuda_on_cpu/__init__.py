@@ -1,7 +1,6 @@
 """GPUs made of the CPU, so that the code for CUDA runs where no GPU is.
 
     python -m tests.cuda_on_cpu finetune_lora.py --device cuda --epochs 1
-    python -m tests.cuda_on_cpu -m pytest -n 0 -k cuda tests/test_layers.py
     torchrun --nproc-per-node=2 --no-python python -m tests.cuda_on_cpu finetune_lora.py
 
 A PyTorch without CUDA gets two devices of type `cuda`. Their tensors lie in the host's memory, and the CPU's kernels
