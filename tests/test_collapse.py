@@ -340,11 +340,8 @@ def test_training_that_harms_the_probe_keeps_the_probe(start, monkeypatch):
     writes_nothing(run)
     run.start()
 
-    def harm(*_) -> None:
-        with torch.no_grad():
-            run.model.heads.head.weight.neg_()  # every answer is wrong
-
-    monkeypatch.setattr(torch.amp.GradScaler, "step", harm)
+    head = run.model.heads.head
+    monkeypatch.setattr(torch.amp.GradScaler, "step", lambda *_: head.weight.data.neg_())  # every answer is wrong
     monkeypatch.setattr(Guard, "has_collapsed", lambda *_: False)
     train(run)
     assert run.kept.at_start and run.history[0]["val_accuracy"] == run.baseline["probe"]

@@ -125,9 +125,7 @@ def test_statistics_move_with_the_model():
 
 def test_a_variance_stays_positive_in_spite_of_rounding_and_of_channels_that_are_always_zero():
     conv, norm = layers(KINDS["3x3"])
-    with torch.no_grad():
-        conv.weight[0] = 0
-        norm.running_var[0] = 0
+    conv.weight.data[0] = norm.running_var[0] = 0
     conv.followed = FollowedNorm(conv, norm, torch.randn(64, 36, dtype=torch.float64))
     _, variance = conv.followed.statistics(randomize_adapters(conv))
     assert variance.isfinite().all() and (variance[1:] > 0).all()

@@ -1,6 +1,5 @@
 """What other people's code does with a model: modules are replaced, hooked, copied and saved, networks put in inference
-mode, exported and compiled. docs/python.md's snippets, for accelerate, Lightning and moving averages too, are run in
-`test_readme.py`."""
+mode, exported and compiled. docs/python.md's snippets are run in `test_readme.py`."""
 
 import copy
 import gc

@@ -55,8 +55,7 @@ def test_a_step_is_adamw_on_the_dense_gradient_of_the_smoothed_loss(start):
     torch.nn.init.normal_(head.weight)
     torch.nn.init.normal_(head.bias)
     other = copy.deepcopy(head)
-    with torch.no_grad():
-        features = headless(run.model)(images)
+    features = headless(run.model)(images).detach()
     log_p = F.log_softmax(other(features), dim=1)
     expected = -(0.7 * log_p.gather(1, labels[:, None]).mean() + 0.3 * log_p.mean())
     groups = [{"params": other.weight, "weight_decay": 0.1}, {"params": other.bias, "weight_decay": 0.0}]
@@ -173,8 +172,7 @@ def test_a_head_starts_on_the_statistics_that_training_will_see(start, saved, na
     trains.start()
     assert [call.args[4] is patients for call in start_head.call_args_list] == [True, True]
     pixels, _ = default_collate(list(trains.loaders.train.dataset))
-    with torch.no_grad():
-        maps = trains.model.conv1(pixels)
+    maps = trains.model.conv1(pixels).detach()
     torch.testing.assert_close(trains.model.bn1.running_mean, maps.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
     frozen = start(resnet)
     frozen.start()

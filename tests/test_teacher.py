@@ -135,12 +135,8 @@ def test_the_first_process_says_for_all_what_images_without_labels_show(start, i
     answers = run.teacher.first_answers
     assert reports.describe_unlabelled(run).endswith("; 0% resemble no labelled image")
     run = start(f"--labels-per-class 5 --unlabelled {images}")
-    others = torch.arange(6) < 3
-
-    def said(found: unlabelled.Start) -> list[unlabelled.Start]:
-        return [found._replace(foreign=others, answers=found.answers.flip(1), shares=torch.tensor([0.5, 0.3, 0.2]))]
-
-    monkeypatch.setattr(distributed, "gather", said)
+    said = {"foreign": torch.arange(6) < 3, "shares": torch.tensor([0.5, 0.3, 0.2])}
+    monkeypatch.setattr(distributed, "gather", lambda own: [own._replace(answers=own.answers.flip(1), **said)])
     run.start()
     assert torch.equal(run.teacher.first_answers, answers.flip(1)[3:])
     taken = run.loaders.images.unlabelled  # they train, are watched and tell the last head

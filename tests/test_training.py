@@ -37,22 +37,16 @@ def test_each_process_needs_an_image(monkeypatch):
         (64, 16, 0.07, None, torch.float32),  # a step in less than 0.08 seconds stays in float32, unmeasured in bf16
     ],
 )
-def test_an_automatic_precision_is_the_one_that_pays(monkeypatch, capsys, size, images, in_float32, in_bf16, dtype):
+def test_an_automatic_precision_is_what_pays(monkeypatch, spy, capsys, size, images, in_float32, in_bf16, dtype):
     """Measured on as many images as train like a batch. No random number is drawn."""
     seconds = iter((in_float32, in_bf16))
     monkeypatch.setattr(devices, "shortest_seconds", lambda work: work() or next(seconds))
-    seen = []
-
-    def build(dtype: torch.dtype) -> nn.Module:
-        layer = nn.Conv2d(3, 1, 1)
-        layer.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape))
-        return layer
-
+    forward = spy(nn.Conv2d, "forward")
     random_state = torch.get_rng_state()
-    assert faster_dtype(build, channels=3, size=size) == dtype
+    assert faster_dtype(lambda dtype: nn.Conv2d(3, 1, 1), channels=3, size=size) == dtype
     assert torch.get_rng_state().equal(random_state)
     assert ("trains 2.0 times as fast" in capsys.readouterr().out) is (dtype == torch.bfloat16)
-    assert seen[-1] == (images, 3, size, size)
+    assert forward.call_args.args[1].shape == (images, 3, size, size)
 
 
 def test_what_is_measured_for_an_automatic_precision_is_a_copy(base, monkeypatch):

@@ -1,4 +1,4 @@
-"""Run a script, a module (behind -m) or a command (behind -c) on emulated GPUs."""
+"""Run a script, or a module (behind -m), on emulated GPUs."""
 
 import os
 import runpy
@@ -8,9 +8,7 @@ from tests import cuda_on_cpu
 
 if __name__ == "__main__":
     cuda_on_cpu.load()
-    if sys.argv[1] == "-c":
-        exec(sys.argv[2])
-    elif sys.argv[1] == "-m":  # the module's own name stands where the interpreter would put its path
+    if sys.argv[1] == "-m":  # the module's own name stands where the interpreter would put its path
         sys.argv = sys.argv[2:]
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
     else:
