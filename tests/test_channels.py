@@ -147,16 +147,13 @@ def test_bands_are_picked_put_in_order_and_made_of_zeros():
     _check_values(np.array([[1.0, 0, 0]] * 4), Bands(3, ("1", "0", "0")), [1.0] * 3)  # zeros need not vary
 
 
-def tiff_of_many_pages(count: int) -> bytes:
-    pages = [struct.pack("<HHHIII", 1, 256, 99, 1, 1, 8 + 18 * number) for number in range(1, count)]
-    return b"II*\0\x08\0\0\0" + b"".join(pages) + struct.pack("<HHHIII", 1, 256, 99, 1, 1, 0)
-
-
 def test_a_file_that_cannot_be_read_is_named_with_the_reason(tmp_path, monkeypatch):
     """In a run, and where a transform is given its path."""
     monkeypatch.setattr(remote, "LARGE_IMAGE", 2**20)
     path = tmp_path / "broken.npy"
     transform = eval_transform(8, bands=Bands(13))
+    pages = [struct.pack("<HHHIII", 1, 256, 99, 1, 1, 8 + 18 * number) for number in range(1, 5000)]
+    many_pages = b"II*\0\x08\0\0\0" + b"".join(pages) + struct.pack("<HHHIII", 1, 256, 99, 1, 1, 0)
     for content, reason in (
         (bytes_of(np.save, np.zeros((8, 8, 13)))[:200], ""),
         (bytes_of(np.save, np.zeros((8, 8, 13), complex)), "complex128"),
@@ -166,7 +163,7 @@ def test_a_file_that_cannot_be_read_is_named_with_the_reason(tmp_path, monkeypat
         (bytes_of(tifffile.imwrite, np.zeros((8, 8, 13)), compression="zlib").replace(b"\x78\x9c", b"\0\0"), "Error"),
         (b"II*\0 and nothing more", ""),
         (bytes_of(np.savez_compressed, np.zeros((2**10 + 1, 2**10), np.uint8)), "more than its bytes can hold"),
-        (tiff_of_many_pages(5000), "it has 5000 pages"),
+        (many_pages, "it has 5000 pages"),
         # Pillow shifts those of 15 bits to fill 16, which would double the reflectances of Sentinel-2's products.
         (bytes_of(Image.fromarray(np.zeros((32, 32), np.uint16)).save, "JPEG2000", irreversible=False), "write a TIFF"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n%%EOF\n", "cannot identify"),

@@ -13,8 +13,6 @@ from toolkit import InputError
 from toolkit.answers import comparison
 from toolkit.answers.tasks import TASKS
 
-KINDS = ("multilabel", "regression")
-
 
 def run(command: str):
     return deploy_lora.main(command.split())
@@ -52,7 +50,7 @@ def trained(finetune_into, lists, tmp_path_factory):
     return results
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["multilabel", "regression"])
 def test_a_run_leaves_its_files_and_every_door_tells_the_same(trained, lists, kind, tmp_path, capsys):
     results = trained[kind]
     folder = results["folder"]

@@ -19,9 +19,6 @@ LITTER = re.compile(r"/(root|home|Users|tmp|var|usr|opt|mnt|work)/|[A-Z]:\\|[Ww]
 PERCENT = re.compile(r"\d+\.\d+%")
 SECTIONS = "Set-up, The data, The MoCo backbone, Adding LoRA, Training, Visualization, Evaluation, Checkpoints, QLoRA"
 
-# In place of the cell tagged "parameters"; nothing else differs from what a reader runs.
-PARAMETERS = "LABELS_PER_CLASS, EPOCHS = 5, 2"
-
 # What is read out of the kernel after the last cell.
 REPORT = """
 import json
@@ -38,10 +35,6 @@ def committed() -> list[dict]:
 
 def outputs(cells) -> list:
     return [output for cell in cells for output in cell.get("outputs", [])]
-
-
-def texts(cells) -> str:
-    return "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
 
 
 def count_pictures(cells) -> int:
@@ -61,7 +54,7 @@ def test_it_runs_from_top_to_bottom_in_an_empty_folder(tmp_path):
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(notebook)
     [parameters] = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
-    parameters.source = PARAMETERS
+    parameters.source = "LABELS_PER_CLASS, EPOCHS = 5, 2"  # nothing else differs from what a reader runs
     notebook.cells.append(nbformat.v4.new_code_cell(REPORT))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(tmp_path)}}).execute(env=environment)
@@ -84,7 +77,8 @@ def test_it_runs_from_top_to_bottom_in_an_empty_folder(tmp_path):
 
 
 def test_nine_sections_are_committed_as_executed_show_a_gain_and_say_each_number_once():
-    assert re.findall(r"^## \d\. (.*)$", texts(committed()), re.MULTILINE) == SECTIONS.split(", ")
+    texts = "\n".join("".join(cell["source"]) for cell in committed() if cell["cell_type"] == "markdown")
+    assert re.findall(r"^## \d\. (.*)$", texts, re.MULTILINE) == SECTIONS.split(", ")
     code = [cell for cell in committed() if cell["cell_type"] == "code"]
     assert column(code, "execution_count") == list(range(1, len(code) + 1))
     for cell in code:
@@ -100,5 +94,5 @@ def test_nine_sections_are_committed_as_executed_show_a_gain_and_say_each_number
     [before, after] = re.findall(r"\| (?:linear probe|this run).*? \| ([\d.]+%) \| \d+ of 359 \|", shown)
     assert float(after[:-1]) >= float(before[:-1]) + 5
     assert f"linear probe before   {before}" in shown and f"of 359 images, {after}" in shown
-    told = PERCENT.findall(texts(committed()))
+    told = PERCENT.findall(texts)
     assert {before, after} <= set(told) <= set(PERCENT.findall(shown))

@@ -16,7 +16,6 @@ from toolkit import InputError, choices, devices
 from toolkit.answers import evaluation, measures, multilabel, parts, probe, regression, tasks
 from toolkit.images.data import LabelledImages
 
-CPU = torch.device("cpu")
 NAMES = ["cat", "dog", "eel"]
 
 
@@ -246,7 +245,7 @@ def test_the_head_starts_as_a_probe_whose_score_is_that_of_its_evaluation(kind):
     task.start(model, features, targets)
     score = task.probe_score(model, features, targets)
     assert score > max(0.75, random + 0.2)
-    result = task.evaluate(model, DataLoader(TensorDataset(features, targets), batch_size=64), CPU)
+    result = task.evaluate(model, DataLoader(TensorDataset(features, targets), batch_size=64), torch.device("cpu"))
     assert result.measured()[task.score] == pytest.approx(score, abs=1e-6)
     loss, right = task.progress(model(features).detach(), targets)
     assert loss.item() == pytest.approx(result.loss * len(features), rel=1e-4)
