@@ -1,7 +1,5 @@
-"""Runs on a GPU: their figures are the CPU's, and Python waits for the GPU only where figures are read.
-
-Without a GPU tests/test_cuda_on_cpu.py runs these tests on an emulated one.
-"""
+"""Runs on a GPU: their figures are the CPU's, and Python waits for the GPU only where figures are read. Without
+a GPU tests/test_cuda_on_cpu.py runs these tests on an emulated one."""
 
 from pathlib import Path
 
