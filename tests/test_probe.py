@@ -174,6 +174,16 @@ def test_the_search_for_a_strength_ends_at_the_second_in_a_row_that_is_worse(mon
     assert starts[0] is None and torch.stack(starts[1:])[:, 0, 0].tolist() == [1, 2, 3, 4]
 
 
+def test_a_fit_goes_on_from_the_weights_of_the_strength_before():
+    """A step from where the last one ended changes next to nothing; from zeros it is far from the end."""
+    features, labels = clusters(3, spread=4.0)
+    rows = probe.SCALINGS["deviation"](features).rows
+    fit = functools.partial(probe.logistic, rows, *probe.one_hot(labels, 3, 1, None), 0.1, probe.ONE_CLASS, True)
+    ended = fit()
+    torch.testing.assert_close(fit(ended, steps=1), ended, atol=1e-3, rtol=0)
+    assert (fit(steps=1) - ended).abs().max() > 0.05
+
+
 def test_a_class_with_one_image_or_none_and_images_that_are_all_alike():
     features, labels = clusters(3, images=1)
     found = probe.fit_linear_probe(features, labels, 3)
