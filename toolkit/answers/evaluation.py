@@ -84,7 +84,7 @@ def over_loader(model: nn.Module, loader: Iterable, device: torch.device, dtype:
 
 
 def overlaid(loader: Iterable) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of a loader, each image half covered by another one's (arXiv 1710.09412), and the image's target."""
+    """The batches of a loader with each image mixed half and half with another of its batch (arXiv 1710.09412)."""
     for images, targets in loader:
         yield (images + images.flip(0)) / 2, targets
 
