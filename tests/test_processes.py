@@ -113,7 +113,8 @@ def test_two_processes_fine_tune_as_one(options, tmp_path, monkeypatch, way):
     alone = finetune_lora.main(options(way, "alone").split())
     ours, theirs = (tensors(tmp_path / name / "lora.pth") for name in ("out", "alone"))
     assert any("lora_B" in name and tensor.any() for name, tensor in theirs.items())
-    assert_close(ours, theirs)
+    # Norms over few numbers enlarge rounding, by how much the processor says; another weight of an image is 5% or more.
+    assert_close(ours, theirs, 1e-2 if way.startswith("norms") else 1e-3)
     assert not list((tmp_path / "out").glob(".*"))
     assert_same_rows(tmp_path / "out", tmp_path / "alone")
     results = json.loads((tmp_path / "out/results.json").read_text())
