@@ -31,7 +31,7 @@ from torchvision.transforms import v2
 import deploy_lora
 from finetune_lora import add_lora_to_model, load_finetuned, multiply_in_8_bits
 from lora_utils import LoRAManager
-from toolkit import choices, devices
+from toolkit import choices, devices, homed
 from toolkit.config import positive_int
 from toolkit.images.data import Transformed, build_loader
 from toolkit.images.folders import image_names
@@ -154,7 +154,7 @@ def timm_loop(arch: str, paths: list[str], folder: Path, args: argparse.Namespac
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     """Print images a second of each way, the medians of the rounds, and return them by architecture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--data-dir", type=homed, required=True)
     parser.add_argument("--arch", nargs="+", default=["resnet50", "vit_b_16"])
     parser.add_argument("--images", type=positive_int, default=300)
     parser.add_argument("--batch-size", type=positive_int, default=32)

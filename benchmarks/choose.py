@@ -17,7 +17,6 @@ import shlex
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from benchmarks.compare_peers import current_commit
 from finetune_lora import load_base
-from toolkit import InputError, is_free, note_written
+from toolkit import InputError, homed, is_free, note_written, unnoted
 from toolkit.answers import choosing, evaluation
 from toolkit.answers.probe import Probe, fit_linear_probe
 from toolkit.config import positive_int
@@ -63,7 +62,8 @@ def answers(probe: Probe, features: Tensor) -> Tensor:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parser().parse_args(argv)
     if args.output is not None and not is_free(args.output, __name__):
-        raise InputError(f"--output {args.output} is there, not known to be as this wrote it: move it, or name another")
+        problem = f"--output {args.output} is there, not known to be as this wrote it: move it, or name another"
+        raise InputError(f"{problem}{unnoted()}")
     images, held_out, classes = read_features(args)
     ways = {"random": at_random, "balanced": balanced, "chosen": in_rounds}
     accuracies: dict[str, dict[int, list[float]]] = {way: {number: [] for number in args.labels} for way in ways}
@@ -96,8 +96,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--checkpoint", type=Path, default="checkpoints/moco_stage1/moco_stage1_epoch_100.pth")
+    parser.add_argument("--data-dir", type=homed)
+    parser.add_argument("--checkpoint", type=homed, default="checkpoints/moco_stage1/moco_stage1_epoch_100.pth")
     parser.add_argument("--arch")
     parser.add_argument("--image-size", type=positive_int)
     parser.add_argument("--augmentation", default="crop")
@@ -105,7 +105,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--pool", type=positive_int, default=900)
     parser.add_argument("--labels", type=positive_int, nargs="+", default=[10, 30, 50, 75, 100])
     parser.add_argument("--draws", type=positive_int, default=5)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=homed)
     return parser
 
 

@@ -64,7 +64,7 @@ from lora.followed_norms import follow_statistics
 from lora.fusion import set_gradient_checkpointing
 from lora.nf4 import bitsandbytes_functional
 from lora_utils import LoRAManager
-from toolkit import InputError
+from toolkit import InputError, homed
 from toolkit.answers.probe import linear_head
 from toolkit.config import positive_int
 from toolkit.devices import autocast, peak_memory_bytes, select_device, select_precision
@@ -734,7 +734,7 @@ def add_step_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is autocast")
     parser.add_argument("--variants", help=f"comma-separated, from {','.join(VARIANTS)} (default: all that apply)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output-dir", type=Path, default=MEASURED)
+    parser.add_argument("--output-dir", type=homed, default=MEASURED)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -36,7 +36,7 @@ from benchmarks import MEASURED, quality
 from benchmarks.compare_peers import current_commit, forget_peak
 from finetune_lora import load_base
 from moco import pretrain
-from toolkit import InputError, devices
+from toolkit import InputError, devices, homed
 from toolkit.answers import evaluation
 from toolkit.answers.probe import fit_linear_probe, head_outputs, set_head
 from toolkit.config import positive_int
@@ -85,14 +85,14 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--checkpoint", type=Path, required=True, help="the backbone of stage 1, on other images")
+    parser.add_argument("--checkpoint", type=homed, required=True, help="the backbone of stage 1, on other images")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--stage1", type=shlex.split, default=[], help="options of moco.pretrain")
     parser.add_argument("--finetune", type=shlex.split, default=[], help="options of finetune_lora.py")
     parser.add_argument("--probes-only", action="store_true", help="leave out fine-tuning")
     parser.add_argument("--labels", type=positive_int, nargs="+", default=[5, 10, 50], help="labels per class")
     parser.add_argument("--seeds", type=positive_int, default=5, help="draws of labels")
-    parser.add_argument("--output-dir", type=Path, default=MEASURED / "domain")
+    parser.add_argument("--output-dir", type=homed, default=MEASURED / "domain")
     args, passed_on = parser.parse_known_args(argv)
     read_stage1(args, passed_on, [])  # what is wrong with the options shows now, not in an hour
     quality.parse([*quality_flags("none", args), *passed_on, *args.finetune, "--checkpoint", str(args.checkpoint)])

@@ -26,7 +26,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,7 +34,7 @@ from torch import Tensor
 
 import finetune_lora
 from benchmarks import MEASURED, compare_peers, finished_runs
-from toolkit import InputError
+from toolkit import InputError, homed
 from toolkit.answers import tasks, unlabelled
 from toolkit.answers.probe import Probe, fit_linear_probe
 from toolkit.config import positive_int
@@ -92,7 +91,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--pool", type=positive_int, help="the most training images; all if not given")
     parser.add_argument("--held-out", type=positive_int, help="the most held-out images; all if not given")
     parser.add_argument("--train", type=shlex.split, default=[], help="options of the row `trained` alone")
-    parser.add_argument("--output-dir", type=Path, default=MEASURED / "few_labels")
+    parser.add_argument("--output-dir", type=homed, default=MEASURED / "few_labels")
     args, passed_on = parser.parse_known_args(argv)
     if "trained" in args.rows and args.pool is not None:
         raise InputError("--pool with the row `trained`: a run draws its labels from the whole set")

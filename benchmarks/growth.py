@@ -42,6 +42,7 @@ from benchmarks.compare_peers import VARIANTS
 from finetune_lora import add_lora_to_model, load_base
 from lora.backends import PREFERS_ONEDNN_LINEAR
 from lora_utils import LoRAManager
+from toolkit import homed
 from toolkit.answers.evaluation import Evaluation
 from toolkit.answers.multilabel import LabelAnswers
 from toolkit.answers.regression import NumberAnswers
@@ -111,7 +112,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--image-size", type=positive_int, default=224)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--output-dir", type=Path, default=MEASURED / "growth")
+    parser.add_argument("--output-dir", type=homed, default=MEASURED / "growth")
     args = parser.parse_args(argv)
     by_onednn = PREFERS_ONEDNN_LINEAR and args.precision == "fp32" and torch.device(args.device).type == "cpu"
     args.variants = args.variants or [*(f"{peer}_onednn" if by_onednn else peer for peer in PEERS), *OURS]

@@ -40,7 +40,7 @@ from torchvision import transforms as T
 import finetune_lora
 from benchmarks import MEASURED
 from benchmarks.compare_peers import current_commit
-from toolkit import InputError
+from toolkit import InputError, homed
 from toolkit.config import positive_int
 from toolkit.images import data, sources, transforms
 from toolkit.images.bands import Bands
@@ -83,10 +83,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--images", type=positive_int, default=24, help="of each size")
     parser.add_argument("--files", type=positive_int, default=200_000, help="in the tree of the start")
     parser.add_argument(
-        "--data-dir", type=Path, help="photographs for the training rows, as finetune_lora.py reads them"
+        "--data-dir", type=homed, help="photographs for the training rows, as finetune_lora.py reads them"
     )
     parser.add_argument("--batches", type=positive_int, default=16, help="of 32 images, in each training row")
-    parser.add_argument("--output-dir", type=Path, default=MEASURED)
+    parser.add_argument("--output-dir", type=homed, default=MEASURED)
     args = parser.parse_args(argv)
     if "training" in (args.only or []) and not args.data_dir:
         raise InputError("the training rows need photographs: give --data-dir")

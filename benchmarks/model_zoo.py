@@ -28,7 +28,7 @@ from benchmarks.compare_peers import current_commit, describe_versions
 from finetune_lora import add_lora_to_model, freeze_backbone_params
 from lora.adapted import adapted_layers
 from lora_utils import LoRAManager, unused_adapters
-from toolkit import InputError
+from toolkit import InputError, homed
 from toolkit.models.backbones import build_backbone
 from toolkit.run.runs import run_script
 
@@ -228,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=MODELS, metavar="LIBRARY:MODEL", help="some of MODELS")
     parser.add_argument("--switching", action="store_true", help="time switching among adapters instead")
-    parser.add_argument("--output-dir", type=Path, default=MEASURED)
+    parser.add_argument("--output-dir", type=homed, default=MEASURED)
     args = parser.parse_args(argv)
     if unknown := [name for name in args.only if name not in MODELS]:
         raise InputError(f"{unknown[0]} is none of the models of this script: see MODELS in it")

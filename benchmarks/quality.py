@@ -42,7 +42,7 @@ from tqdm import tqdm
 import finetune_lora
 from benchmarks import MEASURED
 from lora.adapted import choose_layers
-from toolkit import InputError
+from toolkit import InputError, homed
 from toolkit.config import positive_int
 from toolkit.models.backbones import head_name
 from toolkit.run.guard import Collapsed
@@ -134,7 +134,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     ways.add_argument("--rates", const="rates", help="every method at every learning rate, none chosen", **one)
     ways.add_argument("--defaults", const="defaults", help="runs without any option of training", **one)
     parser.add_argument("--jobs", type=positive_int, default=1, help="runs at a time")
-    parser.add_argument("--output-dir", type=Path, default=MEASURED / "quality")
+    parser.add_argument("--output-dir", type=homed, default=MEASURED / "quality")
     args, passed_on = parser.parse_known_args(argv)
     wrong = [labels for labels in args.labels if labels != "all" and not (labels.isdigit() and int(labels) > 0)]
     if wrong:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 import finetune_lora
 from benchmarks import MEASURED, finished_runs
+from toolkit import homed
 from toolkit.answers.segmentation import Segmentation
 from toolkit.config import positive_int
 from toolkit.devices import peak_memory_bytes
@@ -210,7 +211,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=positive_int, default=3)
     parser.add_argument("--step", nargs="+", default=[], metavar="ARCH", help="the step alone, of these backbones")
-    parser.add_argument("--output-dir", type=Path, default=MEASURED / "segmentation")
+    parser.add_argument("--output-dir", type=homed, default=MEASURED / "segmentation")
     args, options = parser.parse_known_args(argv)
     for arch in args.step:
         compare_steps(arch)

@@ -32,6 +32,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from benchmarks import MEASURED, finished_runs
+from toolkit import homed
 from toolkit.config import positive_int
 
 TUNING_SEED = 1000
@@ -281,7 +282,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["default", "plain", "peft"])
     parser.add_argument("--seeds", type=positive_int, default=3)
-    parser.add_argument("--output-dir", type=Path, default=MEASURED / "time_to_accuracy")
+    parser.add_argument("--output-dir", type=homed, default=MEASURED / "time_to_accuracy")
     parser.add_argument("--stages", action="store_true", help="time the stages of one default command instead")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args, options = parser.parse_known_args(argv)

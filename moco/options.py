@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from toolkit import config, typed
+from toolkit import config, homed, typed
 from toolkit.choices import PRECISIONS, TWO_CROPS
 from toolkit.config import fraction, non_negative_float, non_negative_int, option, positive_float, positive_int
 from toolkit.images import remote
@@ -41,7 +41,7 @@ class MoCoOptions(options.AdapterOptions):
     crop_min: float = option(0.2, "smallest share of the area in a crop", type=fraction)
     seed: int = option(0, type=non_negative_int)
     knn_every: int = option(10, "epochs between k-NN accuracies", type=positive_int)
-    knn_dir: Path | None = option(None, "class folders to measure it on, if the images have no labels", type=Path)
+    knn_dir: Path | None = option(None, "class folders to measure it on, if the images have no labels", type=homed)
 
 
 @dataclass(frozen=True, kw_only=True)

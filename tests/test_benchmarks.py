@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import finetune_lora
+import toolkit
 from benchmarks import choose, compare_peers, domain, few_labels, model_zoo, quality, roofline, stages, tables
 from benchmarks.digit_scenes import main as write_scenes
 from tests.pages import commands
@@ -66,7 +67,7 @@ def test_heads_with_few_labels(tmp_path, capsys, base):
         few_labels.parse(["--pool", "100", "--rows", "trained"])
 
 
-def test_what_choosing_is_worth(base, images, tmp_path, capsys):
+def test_what_choosing_is_worth(base, images, tmp_path, monkeypatch, capsys):
     """Of 18 images 3 to 6 get labels, in rounds: what is chosen stays, and each number of labels has its accuracy."""
     argv = f"--data-dir {images} --checkpoint {base} --pool 18 --labels 3 6 --draws 2 --output {tmp_path / 'out.json'}"
     result = choose.main(argv.split())
@@ -76,7 +77,8 @@ def test_what_choosing_is_worth(base, images, tmp_path, capsys):
     assert len(result["wrong_labels"]["auroc"]) == 2
     assert "| balanced |" in capsys.readouterr().out
     (tmp_path / "out.json").write_text("edited")
-    with pytest.raises(InputError, match=r"out\.json is there, not known to be as this wrote it"):
+    monkeypatch.setattr(toolkit, "WRITTEN", tmp_path / "gone")
+    with pytest.raises(InputError, match=r"out\.json is there, not known to be as this wrote it: .*gone would tell"):
         choose.main(argv.split())
     features = torch.randn(18, 4)
     first, second, _, last = choose.in_rounds(choose.Pool(features, features, torch.arange(18) % 3), [3, 6, 16, 18], 3)

@@ -24,7 +24,7 @@ from moco import pretrain
 from tests.run_folders import assert_same_tensors, column, metrics, names_in, tensors
 from toolkit import VERSION, InputError, config, files
 from toolkit.answers.measures import share_interval
-from toolkit.run import optim, options, run_state, verdict
+from toolkit.run import commands, optim, options, run_state, verdict
 
 
 def test_options_are_defaults_then_file_then_command_line(base, images, tmp_path):
@@ -55,6 +55,15 @@ def test_options_are_defaults_then_file_then_command_line(base, images, tmp_path
     given = {name: source for name, source in sources.items() if source != "default"}  # where each came from
     typed = dict.fromkeys(("config", "checkpoint", "lora_rank"), "command line")
     assert given == typed | {"learning_rate": "config"}
+
+
+def test_a_home_is_found_where_no_shell_puts_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "my.yaml").write_text("data: {data_list: ['~/list.csv']}\nmodel: {checkpoint: ~/my.yaml}")
+    args, _ = read_options(["--config=~/my.yaml", "--output-dir=~/out"])
+    deployed = commands.read_options(["embed", "~/lora.pth", "~/a.png", "--output=~/f.npy", "--checkpoint=~/b.pth"])
+    found = [args.output_dir, args.checkpoint, *args.data_list, deployed.output, deployed.checkpoint, *deployed.images]
+    assert found == list(map(tmp_path.joinpath, ("out", "my.yaml", "list.csv", "f.npy", "b.pth", "a.png")))
 
 
 def test_python_fine_tunes_by_keywords_as_the_command_does():

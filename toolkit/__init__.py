@@ -99,6 +99,11 @@ def typed(script: str) -> str:
     return f"python {path.name if Path.cwd() == TOOLKIT else shlex.quote(str(path))}"
 
 
+def homed(text: str) -> Path:
+    """The path that is typed, or in a YAML file, with the home in place of ~: no shell puts it there behind a =."""
+    return Path(os.path.expanduser(text))
+
+
 def stored_path(path: str | os.PathLike) -> Path:
     """The path to write into a file: relative to the toolkit if it is inside it, and else as it is."""
     normal = Path(os.path.normpath(path))  # resolves toolkit/../x, which is not inside

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from toolkit import SHIPPED, InputError, did_you_mean, optional_package, printable
+from toolkit import SHIPPED, InputError, did_you_mean, homed, optional_package, printable
 from toolkit.models.published import PUBLISHED, fetch, is_published
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
@@ -111,7 +111,7 @@ NO_ARCH = "random weights have no architecture of their own"
 
 def checkpoint_path(text: str) -> Path:
     """What `--checkpoint` names: 'shipped', a path, or a published file, whose name stays until it is `fetched`."""
-    return SHIPPED if text == "shipped" else Path(text)
+    return SHIPPED if text == "shipped" else homed(text)
 
 
 def fetched(checkpoint: Path | None) -> Path | None:

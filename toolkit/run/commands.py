@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from toolkit import VERSION, InputError, did_you_mean, is_free, note_written, printable, unnoted
+from toolkit import VERSION, InputError, did_you_mean, homed, is_free, note_written, printable, unnoted
 from toolkit.choices import ARITHMETICS, PRECISIONS, TO_LABEL
 from toolkit.config import positive_int, positive_share, threshold_goal, unknown_words, worker_count
 from toolkit.models.names import checkpoint_path, fetched
@@ -61,16 +61,16 @@ def make_parser(description: str = "") -> tuple[argparse.ArgumentParser, dict[st
             parsers[command].add_argument(name, help=meaning, **how)
 
     of_adapters = COMMANDS.keys() - {"compare"}
-    some = {"type": Path, "nargs": "+"}
-    add(of_adapters - {"choose"}, "adapter", "adapter file, .pth or .safetensors", type=Path)
+    some = {"type": homed, "nargs": "+"}
+    add(of_adapters - {"choose"}, "adapter", "adapter file, .pth or .safetensors", type=homed)
     add(["choose"], "adapter", "adapter file; or a checkpoint: a file, timm:NAME, moco-v2-800ep", type=checkpoint_path)
     add(["compare"], "results", "two results.json, of runs or evaluate --output, over the same images; or many", **some)
-    add(["evaluate"], "images", "folder of classes, archives, or images/ and masks/; or a list", type=Path)
-    add(["threshold"], "images", "list of labelled images that neither train nor judge the adapter", type=Path)
+    add(["evaluate"], "images", "folder of classes, archives, or images/ and masks/; or a list", type=homed)
+    add(["threshold"], "images", "list of labelled images that neither train nor judge the adapter", type=homed)
     add(ANSWERING, "images", "images, folders or lists of them, or a folder of archives", **some)
-    add(["evaluate"], "--output", "the numbers as .json; the page lies next to it", type=Path)
-    add(["demo"], "--write", "nothing starts: write what a Space of the Hugging Face Hub needs to a folder", type=Path)
-    add(of_adapters - {"info", "evaluate", "demo"}, "--output", "the file or folder to write (required)", type=Path)
+    add(["evaluate"], "--output", "the numbers as .json; the page lies next to it", type=homed)
+    add(["demo"], "--write", "nothing starts: write what a Space of the Hugging Face Hub needs to a folder", type=homed)
+    add(of_adapters - {"info", "evaluate", "demo"}, "--output", "the file or folder to write (required)", type=homed)
     add(of_adapters - {"info", "card"}, "--checkpoint", "the base, if it was moved", type=checkpoint_path)
     in_batches = set(ON_IMAGES) - {"explain"}  # which draws one image after the other
     computing = (*ON_IMAGES, "demo")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from toolkit import SHIPPED, TOOLKIT, InputError, attributes, choices, config, found_path, same_file
+from toolkit import SHIPPED, TOOLKIT, InputError, attributes, choices, config, found_path, homed, same_file
 from toolkit.choices import ARITHMETICS, AUGMENTATIONS, DATASETS, KEEP_BEST, PRECISIONS, UNLABELLED_SET
 from toolkit.config import any_float, flag, option, or_auto, positive_float, positive_int, several
 from toolkit.images import remote, scaling
@@ -49,9 +49,9 @@ SAVES_MEMORY += "which is slow, --gradient-checkpointing full"
 class RunOptions:
     """What is for the command line only."""
 
-    config: Path | None = option(None, "YAML file with values for the options below", type=Path)
-    output_dir: Path = option(Path("checkpoints/lora"), "folder for all results", type=Path)
-    resume: Path | None = option(None, "go on in --output-dir, or from a last.pth", type=Path, nargs="?", const=Path())
+    config: Path | None = option(None, "YAML file with values for the options below", type=homed)
+    output_dir: Path = option(Path("checkpoints/lora"), "folder for all results", type=homed)
+    resume: Path | None = option(None, "go on in --output-dir, or from a last.pth", type=homed, nargs="?", const=Path())
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
 
 
@@ -68,7 +68,7 @@ class ShapeOptions:
 class ModelOptions(ShapeOptions):
     checkpoint: Path = option(SHIPPED, "a file, moco-v2-800ep, timm:NAME, shipped; none: random", type=checkpoint_path)
     arch: str | None = option(None, "architecture, or timm:NAME; default: the checkpoint's", metavar=ARCH_NAMES)
-    stage1_adapter: Path | None = option(None, "moco_lora.pth of moco.pretrain, merged into the checkpoint", type=Path)
+    stage1_adapter: Path | None = option(None, "moco_lora.pth of moco.pretrain, merged into the checkpoint", type=homed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +76,9 @@ class ImageOptions:
     """The part of section `data` that both scripts read: where images are, and what their numbers mean."""
 
     dataset: str | None = option(None, "default: imagefolder with images of your own, else digits", choices=DATASETS)
-    data_dir: Path | None = option(None, "folder with train/ and val/, or one per class; default: digits", type=Path)
-    val_dir: Path | None = option(None, "evaluation images, if not in --data-dir: one folder per class", type=Path)
-    data_list: tuple[Path, ...] | None = several("list of `path,label` lines; 2nd: for evaluation", type=Path)
+    data_dir: Path | None = option(None, "folder with train/ and val/, or one per class; default: digits", type=homed)
+    val_dir: Path | None = option(None, "evaluation images, if not in --data-dir: one folder per class", type=homed)
+    data_list: tuple[Path, ...] | None = several("list of `path,label` lines; 2nd: for evaluation", type=homed)
     eval_split: str = option("held-out", "validation: of the training images", choices=("held-out", "validation"))
     skip_unreadable: bool = option(False, "leave out, and list, images that cannot be read")
     workers: int | str = option("auto", "processes that load images", type=config.worker_count)
@@ -100,7 +100,7 @@ class DataOptions(ImageOptions):
     classes: tuple[str, ...] | None = several("classes in masks: names, or a file with values or colours")
     unknown_value: tuple[float, ...] | None = several("unknown pixels in masks; 255 if no class", type=any_float)
     labels_per_class: int | None = option(None, "train on only this many images of each class", type=positive_int)
-    unlabelled: Path | None = option(None, "folder or list of images without labels, which help few labels", type=Path)
+    unlabelled: Path | None = option(None, "folder or list of images without labels, which help few labels", type=homed)
     augmentation: str = option("crop", "crop, trivial: photographs; affine: digits; none", choices=AUGMENTATIONS)
     cache_features: str = option("none", "disk: run blocks below --adapt-last once per view", choices=("none", "disk"))
 
