@@ -445,8 +445,9 @@ def _write_for_each(deployed: Deployed, images: LabelledImages, endings: Sequenc
                 broken.append(error)
         written = sorted(itertools.chain(*distributed.gather(written)))  # all have ended, and the folder is released
         broken = list(itertools.chain(*distributed.gather(broken)))
-    if not written:
-        raise InputError(broken[0].problem)
+        if not written:
+            (args.output / predictions.MANIFEST).unlink(missing_ok=True)  # nothing is to go on
+            raise InputError(broken[0].problem)
     for error in broken:
         print(f"left out: {error.problem}")
     return written
@@ -461,7 +462,9 @@ def _folder_of_answers(deployed: Deployed, images: LabelledImages, places, endin
     made_of |= {"--arithmetic": args.arithmetic, "--precision": str(deployed.dtype)}
     begin = functools.partial(predictions.begin_folder, args.output, made_of | settings, places, endings, args.resume)
     with output_folder.held(args.output):
-        yield distributed.first_does(begin)  # alone, before any of them can have written
+        finished = distributed.first_does(begin)  # alone, before any of them can have written
+        with output_folder.left_alone(lambda path: path.name.endswith(commands.PATHS) or not os.path.lexists(path)):
+            yield finished
 
 
 def _answered(deployed: Deployed, images: LabelledImages, parts: Sequence[range], may_be_none=False) -> Iterator[tuple]:
@@ -763,15 +766,13 @@ def convert(args: argparse.Namespace) -> None:
 
 # ------------------------------------------------------------------------------------------------------- command line
 
-COMMANDS = (info, evaluate, compare, threshold, predict, embed, choose, explain, demo, merge, export, convert, card)
-
 
 def main(argv: Sequence[str] | None = None) -> Any:
-    """Run one of COMMANDS. Raises InputError with all problems of the options, or for files that do not fit."""
+    """Run a function above. Raises InputError with all problems of the options, or for files that do not fit."""
     args = read_options(argv, __doc__)
     if args.command not in ON_IMAGES and not distributed.is_main():
         return None  # several processes share images alone
-    run = next(run for run in COMMANDS if run.__name__ == args.command)
+    run = globals()[args.command]
     writes = distributed.is_main() and commands.files_written(args)
     try:
         with commands.writing(args) if writes else contextlib.nullcontext():

@@ -788,9 +788,9 @@ def try_rate(args: FineTuneOptions, plan: Plan, parts: Splits, features) -> tupl
 def begun_run(args: FineTuneOptions, *of_run: Any) -> "FineTuning":
     """The run of the arguments of `FineTuning` that `--resume` goes on with, or a new one with its starting values."""
     if path := args.resume:
-        if args.keep_best and not same_file(args.output_dir / "lora.pth", path.with_name("lora.pth")):
-            remedy = "put it back if it is not, and resume with that folder as --output-dir"
-            raise InputError(f"--keep-best: the best adapter is next to {path}, as lora.pth; {remedy}")
+        has_best = same_file(args.output_dir / "lora.pth", path.with_name("lora.pth")) and path.name == "last.pth"
+        if args.keep_best and not has_best:
+            raise InputError(f"--keep-best: {path} is to be last.pth in --output-dir, with the best adapter, lora.pth")
         run = FineTuning(args, *of_run, teaches=value_at(read_checkpoint(path), "teacher") is not None)
         run.resume(path, options.FREE_TO_CHANGE)
         return run

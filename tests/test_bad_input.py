@@ -314,7 +314,7 @@ TABLE = [
     case("a rank in the format of PEFT", "convert lora.pth --to peft --rank 2 --output x.pth", "drop --to"),
     case("an output without a name", "predict lora.pth images --output ''", "an argument is empty: leave it out, or"),
     case("an output of an empty variable", "merge lora.pth --output=", "an argument is empty: leave it out, or see"),
-    case("a Space that is there", "demo lora.pth --write images", "--write images: is there; name another folder"),
+    case("a Space that is there", "demo lora.pth --write images", "to the folder images: File exists; name another"),
     # Where results go, stage 1, and channels
     case("an output folder that is a file", "finetune --output-dir base.pth", "base.pth", "File exists; name another"),
     case("an output folder that cannot be made", "finetune --output-dir /proc/out", "/proc/out"),
@@ -328,8 +328,7 @@ TABLE = [
          "finetune --data-list list.csv out/labels_to_check.csv --unlabelled out/labels_to_check.csv",
          "--data-list out/labels_to_check.csv would be", "--unlabelled out/labels_to_check.csv would be",
          files={"list.csv": "", "out/labels_to_check.csv": ""}),
-    case("a run among what is shipped", f"finetune --output-dir {SHIPPED.parent}", "has the backbone that comes with"),
-    case("and stage 1", f"pretrain --output-dir {SHIPPED.parent}", "has the backbone that comes with"),
+    case("a run among what is shipped", f"finetune --output-dir {SHIPPED.parent}", "not known to be of an earlier run"),
     case("a checkpoint in the way", "finetune --checkpoint out/last.pth", "overwritten", files={"out/last.pth": BASE}),
     case("a base that pretraining's last epoch would replace", "pretrain --checkpoint out/moco_stage1_epoch_1.pth",
          "_epoch_1.pth would be", files={"out/moco_stage1_epoch_1.pth": BASE}),

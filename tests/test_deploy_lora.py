@@ -159,6 +159,8 @@ def test_answers_in_parts_go_on_where_they_were_stopped(adapter, images, tmp_pat
     with mock.patch.object(*written_by, stopping), pytest.raises(KeyboardInterrupt):
         write("stopped")
     finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "stopped").glob(f"part-?????{paths[0].suffix}")}
+    for folder in ("stopped", "whole"):  # it was killed between both files of a part; for predict it is any file
+        (tmp_path / folder / "part-00002_paths.csv").touch()
     write("stopped", "--resume")
     assert len(finished) == 2 and {path: path.stat().st_mtime_ns for path in finished} == finished  # nothing twice
     assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
@@ -416,6 +418,20 @@ def test_what_no_earlier_call_wrote_is_not_replaced(tmp_path, monkeypatch):
         put(Path(name))
         with pytest.raises(InputError, match=f"^{name} is there, not known to be of an earlier {words.split()[0]}"):
             read_options(words.split())
+
+
+def test_what_comes_to_be_there_while_a_command_computes_stays(adapter_for_images, images, tmp_path, monkeypatch):
+    def meanwhile(*given, **options):
+        Path(taken).mkdir()
+        return progress_bar(*given, **options)
+
+    monkeypatch.chdir(tmp_path)
+    progress_bar = deploy_lora.progress_bar
+    monkeypatch.setattr(deploy_lora, "progress_bar", meanwhile)
+    for command, output, taken in (("embed", "f.npy", "f.npy"), ("explain", "out", "out/0.png")):
+        with pytest.raises(InputError, match=f"^{taken} came there meanwhile and stays: the result is in {taken}-1$"):
+            run(command, adapter_for_images, images / "val/dark", "--output", output)
+        assert Path(taken).is_dir() and Path(f"{taken}-1").stat().st_size > 100
 
 
 def test_of_two_commands_with_one_output_the_second_is_refused_and_what_a_killed_one_left_is_removed(tmp_path):

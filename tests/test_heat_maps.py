@@ -118,7 +118,9 @@ def test_explain_draws_each_image_in_its_folder_under_its_name_and_answer(once, 
     (mine / "list.csv").write_text("p1/1.png\np2/1.png\n")
     with pytest.raises(InputError, match=r"what is written would replace .*p1/1\.png"):
         explain(shutil.copytree(mine, tmp_path / "theirs"), mine / "list.csv")
-    assert explain("out", mine, "--resume") == written
+    with pytest.raises(InputError, match="not a readable image"):
+        explain("none", mine / "broken.jpg")
+    assert explain("out", mine, "--resume") == written and not (tmp_path / "none").exists()
 
     titles = []
     monkeypatch.setattr(deploy_lora, "save_figure", lambda figure, _: titles.append(figure.get_suptitle()))

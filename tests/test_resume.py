@@ -107,10 +107,12 @@ def test_a_run_goes_on_elsewhere_with_its_rates_times_and_files(finetune, finish
 def test_the_best_epoch_is_not_looked_for_in_another_folder_nor_made_of_the_last(finetune, once, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     shutil.copy(once / "lora.pth", tmp_path / "elsewhere")
-    for folder in ("elsewhere", "out"):
-        with pytest.raises(InputError, match=r"the best adapter is next to .* put it back if it is not, and resume"):
-            finetune(f"--epochs 1 --keep-best accuracy --resume {once / 'last.pth'}", output=folder)
-        (once / "lora.pth").unlink(missing_ok=True)
+    shutil.copy(once / "last.pth", once / "copy.pth")  # which need not be of the run whose lora.pth that is
+    for folder, state in (("elsewhere", "last.pth"), ("out", "copy.pth"), ("out", "last.pth")):
+        if state == "last.pth" and folder == "out":
+            (once / "lora.pth").unlink()
+        with pytest.raises(InputError, match=r"\.pth is to be last\.pth in --output-dir, with the best adapter"):
+            finetune(f"--epochs 1 --keep-best accuracy --resume {once / state}", output=folder)
 
 
 def test_a_run_that_is_stopped_again_and_again_ends_as_if_it_never_was(finetune, monkeypatch, tmp_path):
@@ -315,6 +317,7 @@ def test_an_earlier_runs_files_and_nothing_else_are_moved_aside(tmp_path, capsys
         (folder / "last.pth", [], files, ""),
         (None, ["results.json"], set(), f"the earlier run in {folder} is now in {folder}-1\n"),
         (tmp_path / "other" / "last.pth", [], set(), f"is now in {folder}-2, unfinished (--resume"),
+        (folder / "copy.pth", [], set(), f"is now in {folder}-3, unfinished (--resume"),
     ):
         write(folder, *files, "notes.txt", *more)
         output_folder.begin_folder(folder, (*files, "results.json"), resumed)
@@ -323,7 +326,7 @@ def test_an_earlier_runs_files_and_nothing_else_are_moved_aside(tmp_path, capsys
         assert told in printed and bool(told) == bool(printed) == printed.endswith("of that run: notes.txt\n")
     output_folder.begin_folder(folder, ("lora.pth",))  # there is nothing to move
     moved = {path.name: names_in(path) for path in tmp_path.iterdir() if path != folder}
-    assert moved == {"lora-1": {*files, "results.json"}, "lora-2": files}
+    assert moved == {"lora-1": {*files, "results.json"}, "lora-2": files, "lora-3": files}
     assert contents(tmp_path / "lora-1")["last.pth"] == b"last.pth"
 
 
@@ -356,6 +359,17 @@ def test_an_earlier_run_that_cannot_be_moved_aside_stays_as_it_is(tmp_path, monk
         patch.setattr(os, "rename", mock.Mock(wraps=os.rename, side_effect=steps))
         output_folder.begin_folder(folder, output_folder.FINE_TUNING_FILES)
     assert contents(folder) == {"lora.pth": b"lora.pth", "last.pth": b"last.pth"}
+
+
+def test_what_comes_to_be_there_while_a_file_is_written_stays(tmp_path):
+    with (
+        pytest.raises(InputError, match=r"map\.tif came there meanwhile and stays: the result is in \S+map\.tif-2$"),
+        output_folder.left_alone(lambda path: not path.exists()),
+        open_atomically(tmp_path / "map.tif") as file,
+    ):
+        write(tmp_path, "map.tif", "map.tif-1")
+        file.write(b"answers")
+    assert contents(tmp_path) == {"map.tif": b"map.tif", "map.tif-1": b"map.tif-1", "map.tif-2": b"answers"}
 
 
 def test_what_was_made_of_an_earlier_runs_adapter_goes_with_it(once):

@@ -9,7 +9,7 @@ import re
 import shlex
 import stat
 import sys
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +19,7 @@ MADE_BY = f"moco-lora {VERSION}"  # in pages and maps
 TOOLKIT = Path(__file__).resolve().parents[1]
 WRITTEN = Path("/", os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "moco-lora-written")
 SHIPPED = TOOLKIT / "checkpoints/moco_stage1/moco_stage1_epoch_100.pth"  # the backbone of the first run
+place_of: Callable[[Path], Path] = Path  # where what belongs at a path is written: see `output_folder.left_alone`
 
 
 class InputError(ValueError):
@@ -128,6 +129,15 @@ def says(path: Path, pattern: bytes) -> bool:
         return False
     with open(path, "rb") as file:
         return re.search(pattern, file.read(2**24)) is not None
+
+
+@contextlib.contextmanager
+def faults_named(folder: Path) -> Iterator[None]:
+    """Turn what goes wrong with a folder within this block into an InputError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot write to the folder {folder}: {error.strerror or error}; name another") from None
 
 
 def note_written(paths: Iterable[Path], by: str) -> None:

@@ -18,13 +18,14 @@ import numpy as np
 import safetensors.torch
 import torch
 
+import toolkit
 from toolkit import SHIPPED, TOOLKIT, InputError, check_file, found_path, printable, same_file, stored_path  # noqa: F401
 
 
 @contextlib.contextmanager
 def open_atomically(path: str | os.PathLike) -> Iterator[IO[bytes]]:
     """A binary file that takes the place of `path` when the block ends, or leaves no trace; InputError if it cannot."""
-    path = Path(path)
+    path = toolkit.place_of(Path(path))
     if os.path.exists(path) and not os.path.isfile(path):
         raise InputError(f"cannot write {path}: it is a folder, a device or the like; name a file")
     if os.path.exists(path) and not os.access(path, os.W_OK):  # a rename would not mind
@@ -35,7 +36,7 @@ def open_atomically(path: str | os.PathLike) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, toolkit.place_of(path))  # again: to write may have taken hours
     except (OSError, RuntimeError) as error:
         # torch's zip writer raises a RuntimeError of its own in the place of the system's error.
         cause = error.__context__ if isinstance(error, RuntimeError) else error
@@ -71,14 +72,6 @@ def write_cells(rows: Iterable[Iterable[Any]], titles: Sequence[str], path: str 
     text = io.StringIO(newline="")
     csv.writer(text).writerows([titles, *rows])
     write_text(text.getvalue(), path)
-
-
-def make_folder(path: Path) -> None:
-    """Make a folder, and those above it, unless it is there. Raises InputError where it cannot be made."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {path}: {error.strerror}") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import yaml
 
-from toolkit import TOOLKIT, InputError, files, listed, optional_package
+from toolkit import TOOLKIT, InputError, faults_named, files, listed, optional_package
 from toolkit.answers import heat_maps, parts, predictions, report_page
 from toolkit.images import folders, masks, scenes
 
@@ -102,7 +102,8 @@ def write_space(folder: Path, adapter: Path, base: Path, stage1: Path | None, me
         words += ["--checkpoint", base.name]
     if len({path.name for path in needed}) < len(needed):
         raise InputError(f"{listed(needed)}: in a Space two of them would have one name; rename one")
-    files.make_folder(folder)
+    with faults_named(folder):
+        folder.mkdir(parents=True)  # a new one
     for name in PACKAGES:
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(TOOLKIT / name, folder / name, ignore=ignored, copy_function=_copy)

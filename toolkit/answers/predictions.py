@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from toolkit import InputError, listed, printable
+from toolkit import InputError, faults_named, listed, printable
 from toolkit.answers.parts import Task
-from toolkit.files import make_folder, open_atomically, read_json, write_cells, write_text
+from toolkit.files import open_atomically, read_json, write_cells, write_text
 from toolkit.images import data, maps, scenes
 from toolkit.images.folders import without_suffix
 from toolkit.models.dense import answers_by_rows, window_starts
@@ -33,15 +33,12 @@ def begin_folder(folder: Path, about: dict, places: Sequence, endings: Sequence[
     """
     path = folder / MANIFEST
     is_begun = os.path.lexists(path)
-    if is_begun:
-        earlier = read_json(path)
-        if not earlier:
-            raise InputError(f"{path} is damaged: name another folder")
-        if not resume:
-            raise InputError(f"{folder} has answers already: go on with --resume, or name another folder")
-        differing = [name for name, value in about.items() if earlier.get(name) != value]
-        if differing:
-            raise InputError(f"{folder}: its answers were made with other {listed(differing)}; name another folder")
+    if is_begun and not resume:
+        raise InputError(f"{folder} has answers already: go on with --resume, or name another folder")
+    earlier = read_json(path)
+    differing = [name for name, value in about.items() if is_begun and earlier.get(name) != value]
+    if differing:
+        raise InputError(f"{folder}: its answers were made with other {listed(differing)}; name another folder")
     found = {}
     for place in places:
         files = [place.with_name(place.name + ending) for ending in endings]
@@ -49,7 +46,8 @@ def begin_folder(folder: Path, about: dict, places: Sequence, endings: Sequence[
         if found[place] and not is_begun:
             raise InputError(f"--output {folder}: what is written would replace {found[place][0]}; name another folder")
     for inside in {place.parent for place in places}:
-        make_folder(inside)
+        with faults_named(inside):
+            inside.mkdir(parents=True, exist_ok=True)
         for half in inside.glob(".*.[0-9]*.half"):  # what a killed command left
             half.unlink()
     write_text(json.dumps(about, indent=2), path)
@@ -60,9 +58,7 @@ def write_table(task: Task, outputs: Tensor, images: data.LabelledImages, path: 
     """Write a row for each image, of outputs (N, K), and return the rows."""
     columns, answers = task.table(outputs)
     columns.insert(0, "image_path" if "path" in columns else "path")
-    rows = []
-    for i, cells in enumerate(answers):
-        rows.append(dict(zip(columns, (images.name(i), *cells), strict=True)))
+    rows = [dict(zip(columns, (images.name(i), *cells), strict=True)) for i, cells in enumerate(answers)]
     write_cells(map(dict.values, rows), columns, path)
     return rows
 

@@ -190,8 +190,7 @@ def image_names(folder: Path, within: str = "", others: Counter | None = None, b
                 found.append((inner, name))
             else:
                 strange[os.path.splitext(name)[1].lower() or "without suffix"] += 1
-        for name in inside:
-            waiting.append((posixpath.join(inner, name), (*above, here)))
+        waiting += [(posixpath.join(inner, name), (*above, here)) for name in inside]
     names = [posixpath.join(*place) for place in sorted(found)]
     if others is None:
         return names

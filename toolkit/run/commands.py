@@ -115,6 +115,7 @@ def read_options(argv: Sequence[str] | None = None, description: str = "") -> ar
     return args
 
 
+INSIDE = {"choose": TO_LABEL, "convert": ("adapter_config.json", "adapter_model.safetensors")}  # the folder --output
 # What else a command writes, by what follows the name of --output without its own ending.
 ALSO = {"evaluate": ("_answers.csv", ".html"), "embed": (PATHS,), "merge": (".json",), "export": (".json",)}
 
@@ -124,10 +125,8 @@ def files_written(args: argparse.Namespace) -> list[Path]:
     output = getattr(args, "output", None)
     if args.command == "evaluate" and output is None:
         return [args.adapter.parent / f"{args.adapter.stem}_evaluation.html"]
-    if args.command == "convert" and args.rank is None:
-        return [output / "adapter_config.json", output / "adapter_model.safetensors"]
-    if args.command == "choose":
-        return list(map(output.joinpath, TO_LABEL))
+    if args.command == "choose" or (args.command == "convert" and args.rank is None):
+        return list(map(output.joinpath, INSIDE[args.command]))
     if output is None or (args.command in ANSWERING and not output.suffix):
         return []
     return [output, *(output.with_name(output.stem + ending) for ending in ALSO.get(args.command, ()))]
@@ -136,12 +135,11 @@ def files_written(args: argparse.Namespace) -> list[Path]:
 def problems_of_output(args: argparse.Namespace) -> Iterator[str]:
     """What is wrong with --output, before anything is computed: the first counts, and the rest builds on it."""
     is_for_peft = args.command == "convert" and args.rank is None
-    takes_folder = is_for_peft or args.command in ANSWERING
     suffixes = () if is_for_peft else SUFFIXES.get(args.command, ())
     if args.output is None:
         if args.command != "evaluate":
             yield "--output: expected a value, the file to write"
-    elif os.path.isdir(args.output) and not takes_folder:
+    elif os.path.isdir(args.output) and not is_for_peft and args.command not in ANSWERING:
         yield f"--output {args.output}: a folder; name a file"
     elif suffixes and args.output.suffix not in suffixes:
         endings = " or ".join(suffix or "nothing, as a folder's" for suffix in suffixes)
@@ -170,20 +168,17 @@ def writing(args: argparse.Namespace) -> Iterator[None]:
     """Within this block no other command writes the files of this one, which then are known as its own."""
     paths = files_written(args)
     with output_folder.locked(paths[0].parent, f"-{paths[0].stem}", [glob.escape(path.name) for path in paths]):
-        yield
+        with output_folder.left_alone(lambda path: path not in paths or is_free(path, _name(args))):
+            yield
         note_written(paths, _name(args))
 
 
 def check(args: argparse.Namespace) -> Iterator[str]:
     """What is wrong with the options of a command, one line each."""
-    if args.command == "demo":
-        if args.write is None and os.environ.get("WORLD_SIZE", "1") != "1":
-            yield "demo: the page is shown by one process, and torchrun starts several: start it with python"
-        elif os.path.lexists(args.write or ""):
-            yield f"--write {args.write}: is there; name another folder"
-    if args.command in ("info", "compare", "demo"):
-        return
-    yield from itertools.islice(problems_of_output(args), 1)
+    if args.command == "demo" and args.write is None and os.environ.get("WORLD_SIZE", "1") != "1":
+        yield "demo: the page is shown by one process, and torchrun starts several: start it with python"
+    if "output" in args:
+        yield from itertools.islice(problems_of_output(args), 1)
     if args.command in ("predict", "embed") and args.resume and args.output and args.output.suffix:
         yield "--resume is for answers in a folder, which --output is to name"
     if args.command == "convert" and args.rank is not None and args.to is not None:

@@ -18,7 +18,7 @@ def cross_validate(run: Callable, after_epoch: Any, args: options.FineTuneOption
         raise InputError(f"--resume: {args.output_dir} has no parts to go on with; start without it")
     found = []
     with output_folder.held(args.output_dir, output_folder.FINE_TUNING_FILES, args.resume) as begin:
-        begin()
+        aside = begin()
         run_state.write_config(of_parts, asked)  # what --config named may be an earlier run's, and moved aside with it
         if not config.exists():
             run_state.write_config(config, asked)
@@ -40,6 +40,9 @@ def cross_validate(run: Callable, after_epoch: Any, args: options.FineTuneOption
             of_parts.unlink(missing_ok=True)
             if not parts.exists():  # the first one could not begin
                 config.unlink(missing_ok=True)
+                if aside is not None:
+                    output_folder.put_back(aside, args.output_dir)
+                    print(f"the earlier run is in {args.output_dir} again")
     if distributed.is_main():
         paths = [parts / str(number) / "results.json" for number in range(1, count + 1)]
         print(f"\n{reports.table(table_of_runs(paths, are_parts=True))}")

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from toolkit import SHIPPED, InputError, listed, printable, same_file, says
+import toolkit
+from toolkit import InputError, faults_named, listed, printable, same_file, says, temporarily
 from toolkit.choices import EVALUATION_NAMES, UNLABELLED_SET
 from toolkit.images.remote import is_remote
 
@@ -35,8 +36,6 @@ def problems(args: Any, written: Iterable[str] = ()) -> Iterator[str]:
     if is_remote(folder):
         yield f"--output-dir {folder}: results are written on this machine; name a folder"
         return
-    if same_file(folder, SHIPPED.parent):
-        yield f"--output-dir {folder} has the backbone that comes with the toolkit: name another folder"
     places = list(filter(_is_in_the_way, map(folder.joinpath, (*written, MOVING))))
     read = [("--data-list", path) for path in args.data_list or ()]
     for option in ("data_dir", "val_dir", "checkpoint", "stage1_adapter", "unlabelled"):
@@ -63,12 +62,8 @@ def _places_of_images(args: Any) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def held(folder: Path, files: Iterable[str] = (), resumed: Path | None = None) -> Iterator[Callable[[], None]]:
-    """Within this block the folder exists, and no other run or command writes to it; else InputError in every process.
-
-    Yields `begin_folder` of this folder, to be called before the first file is written; further calls do nothing. A new
-    folder is removed again if nothing is.
-    """
+def held(folder: Path, files: Iterable[str] = (), resumed: Path | None = None) -> Iterator[Callable]:
+    """Lock the folder, or raise InputError in every process; yield its `begin_folder`, to be called before writing."""
     from toolkit import distributed  # here: it loads PyTorch
 
     with contextlib.ExitStack() as stack:
@@ -82,7 +77,7 @@ def locked(folder: Path, stem: str = "", names: Iterable[str] = ("*",)) -> Itera
     lock = folder / f"{LOCK}{stem}"
     # os.path and not Path: that raises an error for a name too long for the file system.
     new = [place for place in (folder, *folder.parents) if not os.path.exists(place)]
-    with _faults_named(folder):
+    with faults_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
         handle = _lock(lock)
         for path in itertools.chain(*map(folder.glob, map(HALVES.format, names))):
@@ -120,25 +115,17 @@ def _lock(path: Path) -> int:
         os.close(handle)  # a run that ended at this moment has removed the file
 
 
-@contextlib.contextmanager
-def _faults_named(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"cannot write to the folder {folder}: {error.strerror or error}; name another") from None
-
-
-def begin_folder(folder: Path, files: Iterable[str] = (), resumed: Path | None = None) -> None:
-    """Make the folder this run's own: move the `files` of an earlier run aside, unless this one resumes in it."""
+def begin_folder(folder: Path, files: Iterable[str] = (), resumed: Path | None = None) -> Path | None:
+    """Make the folder this run's own: move an earlier run's `files` aside, and return where, unless it is resumed."""
     from toolkit import distributed
 
-    goes_on = resumed is not None and same_file(resumed.parent, folder)
-    if goes_on or not distributed.is_main():
-        return
-    with _faults_named(folder):
-        names = [name for name in files if _is_in_the_way(folder / name)]
-        if names or os.path.lexists(folder / MOVING):
-            _move_aside(folder, names)
+    goes_on = resumed is not None and resumed.name == "last.pth" and same_file(resumed.parent, folder)
+    if not goes_on and distributed.is_main():
+        with faults_named(folder):
+            names = [name for name in files if _is_in_the_way(folder / name)]
+            if names or os.path.lexists(folder / MOVING):
+                return _move_aside(folder, names)
+    return None
 
 
 def _is_in_the_way(path: Path) -> bool:
@@ -150,13 +137,39 @@ def _is_in_the_way(path: Path) -> bool:
     return os.path.lexists(path)
 
 
-def _move_aside(folder: Path, names: list[str]) -> None:
-    """Move these files to the first of `lora-1`, `lora-2`, ... next to the folder `lora` that is free, and say so."""
+def free_beside(place: Path) -> Path:
+    """The first of `lora-1`, `lora-2`, ... next to the folder, or file, `lora` that is free."""
+    numbered = (place.with_name(f"{place.name}-{number}") for number in itertools.count(1))
+    return next(itertools.filterfalse(os.path.lexists, numbered))
+
+
+@contextlib.contextmanager
+def left_alone(may_replace: Callable[[Path], bool]) -> Iterator[None]:
+    """Within this block no other file is replaced. What belongs there is put beside it; then InputError at the end."""
+    aside: dict[Path, Path] = {}
+
+    def place_of(path: Path) -> Path:
+        return path if may_replace(path) else aside.setdefault(path, free_beside(path))
+
+    with temporarily([toolkit], place_of=place_of):
+        yield
+    if aside:
+        raise InputError(f"{listed(aside)} came there meanwhile and stays: the result is in {listed(aside.values())}")
+
+
+def put_back(aside: Path, folder: Path) -> None:
+    """Undo what `begin_folder` did."""
+    for name in os.listdir(aside):
+        os.rename(aside / name, folder / name)
+    aside.rmdir()
+
+
+def _move_aside(folder: Path, names: list[str]) -> Path:
+    """Move these files to a free place beside the folder, say so, and return it."""
     place = folder
     if folder.name in ("", "..") or folder.is_symlink():
         place = folder.resolve()  # on the same disk
-    numbered = (place.with_name(f"{place.name}-{number}") for number in itertools.count(1))
-    aside = next(itertools.filterfalse(os.path.lexists, numbered))
+    aside = free_beside(place)
     moving = folder / MOVING  # gets its name at the end: if this is killed, the next run adds the rest
     moving.mkdir(exist_ok=True)
     for name in sorted(names, key=lambda name: name != "last.pth"):
@@ -167,11 +180,10 @@ def _move_aside(folder: Path, names: list[str]) -> None:
     try:
         os.rename(moving, aside)
     except OSError:  # the folder is a disk of its own, or nothing may be written next to it: the run stays what it was
-        for name in os.listdir(moving):
-            os.rename(moving / name, folder / name)
-        moving.rmdir()
+        put_back(moving, folder)
         raise
     unfinished = ", unfinished (--resume with this --output-dir goes on with it)" if is_unfinished else ""
     print(f"the earlier run in {folder} is now in {aside}{unfinished}")
     if stays := sorted(name for name in os.listdir(folder) if not name.startswith(".")):
         print(f"  what else is there stays, even if it was made of that run: {listed(stays)}")
+    return aside
