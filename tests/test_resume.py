@@ -418,12 +418,12 @@ def test_a_folder_is_locked_while_it_is_used_and_has_then_what_is_whole(tmp_path
         assert (folder / output_folder.LOCK).exists()
         raise InputError("bad image")
     assert list(tmp_path.iterdir()) == []
-    others = {"last.pth", ".running", ".notes.4711.tmp"}  # hidden ones are other programs'
+    others = {"last.pth", ".running", ".notes.4711.tmp", ".map.tif.12.half"}  # of other programs, or of a command
     write(folder, ".lora.pth.4711.half", *others)
     with open_atomically(folder / "lora.pth"):
-        assert len(list(folder.glob(output_folder.HALVES.format("*")))) == 2
+        assert len(list(folder.glob(output_folder.HALVES.format("lora.pth")))) == 2
     (folder / "lora.pth").unlink()
-    with output_folder.held(folder):
+    with output_folder.held(folder, ["lora.pth"]):
         assert names_in(folder) == others | {output_folder.LOCK}
     assert contents(folder) == {name: name.encode() for name in others}
 

@@ -41,15 +41,16 @@ def begin_folder(folder: Path, about: dict, places: Sequence, endings: Sequence[
         raise InputError(f"{folder}: its answers were made with other {listed(differing)}; name another folder")
     found = {}
     for place in places:
-        files = [place.with_name(place.name + ending) for ending in endings]
-        found[place] = list(filter(os.path.lexists, files))
+        found[place] = list(filter(os.path.lexists, (place.with_name(place.name + ending) for ending in endings)))
         if found[place] and not is_begun:
             raise InputError(f"--output {folder}: what is written would replace {found[place][0]}; name another folder")
     for inside in {place.parent for place in places}:
         with faults_named(inside):
             inside.mkdir(parents=True, exist_ok=True)
-        for half in inside.glob(".*.[0-9]*.half"):  # what a killed command left
-            half.unlink()
+        for half in inside.glob(".*.[0-9]*.half"):  # what a killed command left, or one that runs still has
+            name = half.name[1:].rsplit(".", 2)[0]
+            if not found.keys().isdisjoint(map(inside.joinpath, map(name.removesuffix, endings))):
+                half.unlink()
     write_text(json.dumps(about, indent=2), path)
     return found
 

@@ -98,8 +98,7 @@ def make_parser(description: str = "") -> tuple[argparse.ArgumentParser, dict[st
 def read_options(argv: Sequence[str] | None = None, description: str = "") -> argparse.Namespace:
     """The command and its options. Raises InputError with all that is wrong with them."""
     parser, parsers = make_parser(description)
-    if argv is None:
-        argv = sys.argv[1:]
+    argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] not in COMMANDS and (meant := did_you_mean(argv[0], COMMANDS)):
         raise InputError(f"{printable(argv[0])}: no such command ({meant}); see --help")
     if {"", "--output="}.intersection(argv):  # as a path it would be the working directory

@@ -67,12 +67,12 @@ def held(folder: Path, files: Iterable[str] = (), resumed: Path | None = None) -
     from toolkit import distributed  # here: it loads PyTorch
 
     with contextlib.ExitStack() as stack:
-        distributed.first_does(lambda: stack.enter_context(locked(folder)))
+        distributed.first_does(lambda: stack.enter_context(locked(folder, names=files)))
         yield functools.cache(functools.partial(begin_folder, folder, files, resumed))
 
 
 @contextlib.contextmanager
-def locked(folder: Path, stem: str = "", names: Iterable[str] = ("*",)) -> Iterator[None]:
+def locked(folder: Path, stem: str = "", names: Iterable[str] = ()) -> Iterator[None]:
     """Make the folder, lock it, or its files of this stem, and remove what killed processes left of these names."""
     lock = folder / f"{LOCK}{stem}"
     # os.path and not Path: that raises an error for a name too long for the file system.
