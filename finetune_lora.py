@@ -793,6 +793,7 @@ def begun_run(args: FineTuneOptions, *of_run: Any) -> "FineTuning":
             raise InputError(f"--keep-best: {path} is to be last.pth in --output-dir, with the best adapter, lora.pth")
         run = FineTuning(args, *of_run, teaches=value_at(read_checkpoint(path), "teacher") is not None)
         run.resume(path, options.FREE_TO_CHANGE)
+        run.plan = run.plan._replace(rate_searched=path.with_name("learning_rates.csv").exists())
         return run
     run = FineTuning(args, *of_run)
     features = run.start()

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 import finetune_lora
-import toolkit
 from benchmarks import choose, compare_peers, domain, few_labels, model_zoo, quality, roofline, stages, tables
 from benchmarks.digit_scenes import main as write_scenes
 from tests.pages import commands
@@ -77,7 +76,7 @@ def test_what_choosing_is_worth(base, images, tmp_path, monkeypatch, capsys):
     assert len(result["wrong_labels"]["auroc"]) == 2
     assert "| balanced |" in capsys.readouterr().out
     (tmp_path / "out.json").write_text("edited")
-    monkeypatch.setattr(toolkit, "WRITTEN", tmp_path / "gone")
+    monkeypatch.setattr("toolkit.WRITTEN", tmp_path / "gone")
     with pytest.raises(InputError, match=r"out\.json is there, not known to be as this wrote it: .*gone would tell"):
         choose.main(argv.split())
     features = torch.randn(18, 4)

@@ -397,6 +397,7 @@ def test_a_command_writes_all_it_says_or_nothing(adapter_for_images, images, tmp
         with pytest.raises(InputError, match=f"^{name} is there, not known to be of an earlier .*--output$"):
             read_options(words.split())
         Path(name).write_bytes(content)
+    toolkit.WRITTEN.write_bytes(toolkit.WRITTEN.read_bytes() + b"\xff\n")  # it is damaged
     read_options(words.split())
     monkeypatch.setattr(toolkit, "WRITTEN", tmp_path / "gone")
     with pytest.raises(InputError, match=r"--output; \S+/gone would tell, .*: set XDG_CACHE_HOME to a folder"):

@@ -119,10 +119,11 @@ def test_a_stopped_search_goes_on_and_its_run_is_that_of_what_it_finds(finetune,
     assert column(rows_of(resumed["folder"] / "learning_rates.csv"), "learning_rate") == ["0.0001", "0.001"]
     typed = finetune(f"{common} 1e-3", "typed")
     assert_same_tensors(resumed["folder"] / "lora.pth", typed["folder"] / "lora.pth")
-    elsewhere = finetune(f"{common} auto --resume {tmp_path / 'stopped/last.pth'}", "elsewhere")
-    for results in (resumed, typed, elsewhere):
+    (tmp_path / "stopped/last.pth").rename(tmp_path / "stopped/copy.pth")
+    copied = finetune(f"{common} auto --resume copy.pth", "stopped")  # whose trials are moved aside
+    for results in (resumed, typed, copied):
         assert results["learning_rate"] == results["config"]["finetune"]["learning_rate"] == 1e-3
-    assert list(elsewhere["chosen_by"]) == ["learning rate"]
+    assert list(copied["chosen_by"]) == ["learning rate"]
     # A rate that was typed was not searched, however its run goes on; what is no run's file is refused.
     assert finetune(f"{common} auto --resume", "typed")["chosen_by"] == {}
     torch.save({"trials": []}, tmp_path / "other.pth")

@@ -105,8 +105,7 @@ def test_a_run_goes_on_elsewhere_with_its_rates_times_and_files(finetune, finish
 
 
 def test_the_best_epoch_is_not_looked_for_in_another_folder_nor_made_of_the_last(finetune, once, tmp_path):
-    (tmp_path / "elsewhere").mkdir()
-    shutil.copy(once / "lora.pth", tmp_path / "elsewhere")
+    shutil.copytree(once, tmp_path / "elsewhere")
     shutil.copy(once / "last.pth", once / "copy.pth")  # which need not be of the run whose lora.pth that is
     for folder, state in (("elsewhere", "last.pth"), ("out", "copy.pth"), ("out", "last.pth")):
         if state == "last.pth" and folder == "out":

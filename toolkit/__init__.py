@@ -152,7 +152,7 @@ def is_free(path: Path, by: str) -> bool:
     """Is there nothing at this place, or what was written `by` this name and has not been changed since?"""
     with contextlib.suppress(OSError):
         if os.path.isfile(path):  # a pipe has no end
-            return _digest(path, by) in WRITTEN.read_text().split()
+            return _digest(path, by) in WRITTEN.read_text(errors="replace").split()
     return not os.path.lexists(path)
 
 

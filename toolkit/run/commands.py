@@ -104,8 +104,7 @@ def read_options(argv: Sequence[str] | None = None, description: str = "") -> ar
     if {"", "--output="}.intersection(argv):  # as a path it would be the working directory
         raise InputError("an argument is empty: leave it out, or see whether a variable has no value")
     args, rest = parser.parse_known_args(argv)
-    problems = [*unknown_words(parsers[args.command], rest), *check(args)]
-    if problems:
+    if problems := [*unknown_words(parsers[args.command], rest), *check(args)]:
         raise InputError("\n".join(problems))
     if "checkpoint" in args:
         args.checkpoint = fetched(args.checkpoint)

@@ -175,6 +175,7 @@ class Plan(NamedTuple):
     image_values: dict[str, Any]  # by name of the option: bands, scale, mean, std, normalise
     normalization: dict[str, Any]  # of each channel, as transforms take it: see `bands.settle`
     norms: str  # frozen, follow, train; auto until it is known whether any can follow, and where everything trains
+    rate_searched: bool = False  # by the run that is resumed
 
     def settings(self, args: FineTuneOptions) -> dict[str, dict[str, Any]]:
         """The options, with what is settled, in the sections of a YAML file: a resumed run has to have the same."""

@@ -290,8 +290,7 @@ def _made() -> Iterator[tuple[str, str]]:
 def _chosen_by(run: FineTuned) -> dict[str, str]:
     """Which images chose what was not typed; nothing else was chosen by images that do not train."""
     chosen = {}
-    begun = run.args.resume or run.path("last.pth")  # maybe in another folder
-    if begun.with_name("learning_rates.csv").exists() or run.path("learning_rates.csv").exists():
+    if run.plan.rate_searched or run.path("learning_rates.csv").exists():
         chosen["learning rate"] = "trials on a part of the training images"
     chooses = run.task.best_by.get(run.args.keep_best)
     if chooses is not None and not all(map(math.isnan, column(run.history, chooses))):
