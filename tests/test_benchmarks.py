@@ -75,7 +75,6 @@ def test_what_choosing_is_worth(base, images, tmp_path, monkeypatch, capsys):
         assert {number: len(found) for number, found in by_number.items()} == {3: 2, 6: 2}
     assert len(result["wrong_labels"]["auroc"]) == 2
     assert "| balanced |" in capsys.readouterr().out
-    (tmp_path / "out.json").write_text("edited")
     monkeypatch.setattr("toolkit.WRITTEN", tmp_path / "gone")
     with pytest.raises(InputError, match=r"out\.json is there, not known to be as this wrote it: .*gone would tell"):
         choose.main(argv.split())

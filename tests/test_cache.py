@@ -23,7 +23,8 @@ from toolkit.run import search
 
 @pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", "~/home")  # as where no shell has read it
     return tmp_path / "home" / "moco-images"
 
 

@@ -17,7 +17,7 @@ from typing import Any
 VERSION = "1.0"  # also in adapter files, results.json and report.html
 MADE_BY = f"moco-lora {VERSION}"  # in pages and maps
 TOOLKIT = Path(__file__).resolve().parents[1]
-WRITTEN = Path("/", os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "moco-lora-written")
+WRITTEN = Path("/", os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "moco-lora-written")
 SHIPPED = TOOLKIT / "checkpoints/moco_stage1/moco_stage1_epoch_100.pth"  # the backbone of the first run
 place_of: Callable[[Path], Path] = Path  # where what belongs at a path is written: see `output_folder.left_alone`
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from toolkit import InputError, distributed
+from toolkit import InputError, distributed, homed
 from toolkit.images.data import LabelledImages
 
 CACHED_VIEWS = 4  # made a run of ten epochs as accurate as new views in each epoch
@@ -51,7 +51,7 @@ def _shared_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A tensor whose memory is one file for all processes. Its name is removed at once, so no file is left behind."""
     if len(set(distributed.gather(platform.node()))) > 1:
         raise InputError("--cache-features: processes on several machines share no file; use --cache-features none")
-    parent = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "moco-images")
+    parent = homed(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "moco-images"
     numel = math.prod(shape)
     needed = numel * dtype.itemsize
     print(f"caching features in {parent}: {needed / 1e9:.2f} GB")
