@@ -175,12 +175,9 @@ class Transformed(Dataset):
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None:
                 torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which seeds GPUs as well
-            return self.transformed(image, label)
-
-    def transformed(self, image: Any, label: Any) -> tuple[Any, Any]:
-        if getattr(self.transform, "takes_label", False):  # one draw for an image and its mask
-            return self.transform(image, label)
-        return self.transform(image), label
+            if getattr(self.transform, "takes_label", False):  # one draw for an image and its mask
+                return self.transform(image, label)
+            return self.transform(image), label
 
 
 @dataclass(eq=False)
