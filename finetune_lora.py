@@ -36,7 +36,7 @@ from tqdm import tqdm
 import lora_utils
 from lora import adapted, adapter_file, adapter_set, attention, backends, functional, initialization, int8, split
 from lora.adapted import ADAPTED, NO_ADAPTER, LoRASettings, is_adapted, recorded_in_4_bits, recorded_settings
-from lora.followed_norms import AdapterStatistics, folded_norm, follow_statistics, followers, settle
+from lora.followed_norms import AdapterStatistics, folded_norm, follow_statistics, followers, own_statistics, settle
 from lora.fusion import fuse, set_gradient_checkpointing
 from lora.nf4 import NF4Weight, dense_weight
 from lora_utils import LoRAManager, base_digests, count_parameters, full_rank, read_adapter_file, trained_state
@@ -54,7 +54,7 @@ from toolkit.models.names import RESNETS
 from toolkit.models.norms import FOLDING, NORMS, constants_kept, freeze_statistics, share_statistics
 from toolkit.run import folds, guard, optim, options, output_folder, reports, run_state, runs, search, teacher, training
 from toolkit.run.guard import Collapsed, GoBack, Guard, Keep
-from toolkit.run.loaders import Loaders, load_images, steps_of_epoch
+from toolkit.run.loaders import FOLLOWED_IMAGES, Loaders, load_images, steps_of_epoch
 from toolkit.run.run_state import RunState, StateEntry, copy_to_cpu
 
 # ------------------------------------------------------------------------------------------------------- the layers
@@ -651,12 +651,13 @@ def main(argv: list[str] | None = None, after_epoch: Callable[["FineTuning"], No
         splits, model, report, plan = prepare(args, device)
         print(reports.describe_data(args, splits), describe_base(report), sep="\n")
         print(f"device: {device}, precision: {plan.dtype}")
+        plan = with_norms_chosen(args, plan, devices.place(model, device), report, splits)
         if args.learning_rate == "auto":
             args = with_rate_found(args, plan, model, splits, begin)
-        run = begun_run(args, plan, devices.place(model, device), report, splits)
+        run = begun_run(args, plan, model, report, splits)
         print(reports.describe_rates(run))
-        if following := len(followers(model)):
-            print(f"norms: {following} BatchNorms follow the adapters (--norms {run.plan.norms})")
+        if run.plan.norms != "frozen" and (following := len(followers(model))):
+            print(f"norms: {following} BatchNorms follow the adapters (--norms {args.norms})")
         if not args.resume:
             print(reports.describe_start(run))
         begin()  # once everything has been read
@@ -731,6 +732,38 @@ def adapt_as_asked(model: nn.Module, args: FineTuneOptions, frozen_dtype: torch.
     share_statistics(model)
     set_gradient_checkpointing(model, args.gradient_checkpointing)
     return model
+
+
+def with_norms_chosen(args: FineTuneOptions, plan: Plan, model: nn.Module, report: dict, splits: Splits) -> Plan:
+    """`--norms auto`: a ResNet's begin with statistics of the training images if a linear probe loses less with these.
+
+    The stored ones are of the images, and of the size, that the backbone was pretrained on (AdaBN, arXiv 1603.04779).
+    """
+    if args.norms == "auto" and args.resume:
+        began_so = run_state.recorded_setting(args.resume, "norms") == "own"
+        return plan._replace(norms="own") if began_so else plan
+    if report["arch"] not in RESNETS or not options.may_have_own_norms(args):
+        return plan
+    loaders = Loaders(args, plan, splits, report["image_size"], data.LoadingMeter())
+    images = splits.train.at_most(FOLLOWED_IMAGES)
+    batches = loaders.add_same_views(images, loaders.plain_view)
+    task = tasks.task_of_run(args, splits, plan.device)
+
+    def probe_loss() -> float:
+        features = task.features(model, batches, plan.device, plan.dtype, len(images))
+        return task.start(model, *features, clusters=images.clusters()).loss
+
+    random_state = devices.rng_state()
+    stored = probe_loss()
+    own_statistics(model, loaders.followed_batches())
+    own = probe_loss()
+    for conv in followers(model):
+        conv.followed = None
+    devices.restore_rng_state(random_state)  # as if nothing had been tried
+    if not distributed.gather(own < stored)[0]:  # elsewhere the last bits may differ
+        return plan
+    print(f"norms: they begin with the images' own statistics: with these a probe loses {own:.3g}, else {stored:.3g}")
+    return plan._replace(norms="own")
 
 
 def with_rate_found(args: FineTuneOptions, plan: Plan, model: nn.Module, splits: Splits, begin) -> FineTuneOptions:
@@ -901,8 +934,11 @@ class FineTuning(RunState):
                 lower, self.network = split.split_model(model, args.adapt_last)
                 self.loaders.cache_features(lower, plan.dtype)
         self.loaders.open(bool(evaluation.training_norms(model)), teaches)
-        if plan.norms in ("auto", "follow") and args.freeze_backbone:
+        if plan.norms == "own":
+            own_statistics(self.network, self.loaders.followed_batches())
+        if args.freeze_backbone and settled_norms(args, plan.device) in ("auto", "follow"):
             follow_statistics(self.network, self.loaders.followed_batches(), required=plan.norms == "follow")
+        if args.freeze_backbone and plan.norms == "auto":
             plan = plan._replace(norms="follow" if followers(model) else "frozen")  # files say what was done
         self.plan = plan
         self.task = tasks.task_of_run(args, splits, plan.device)

@@ -15,6 +15,7 @@ statistics belong to the adapter: its convolution's `followed` has them, and the
 """
 
 import contextlib
+import copy
 import itertools
 import math
 from collections import defaultdict
@@ -28,7 +29,7 @@ from torch.func import functional_call
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from lora import functional, fusion, nf4
-from toolkit import InputError, dotted
+from toolkit import InputError, dotted, temporarily
 from toolkit.answers.evaluation import eval_mode
 from toolkit.models.norms import FreezableBatchNorm2d, constant_scale_and_shift, unextended
 
@@ -85,10 +86,14 @@ class AdapterStatistics:
 
 
 class FollowedNorm(AdapterStatistics):
-    """Mean and variance as a function of the adapter, which still does nothing. patches: (P, fan_in), its input."""
+    """Mean and variance as a function of the adapter, which still does nothing. patches: (P, fan_in), its input.
+
+    They start at the adapter's own statistics, if it has such, else at the BatchNorm's.
+    """
 
     def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, patches: Tensor):
-        super().__init__(norm, norm.running_mean.clone(), norm.running_var.clone())  # where the adapter starts
+        own = conv.followed or AdapterStatistics(norm, norm.running_mean.clone(), norm.running_var.clone())
+        super().__init__(norm, own.mean, own.variance)
         self.centre = patches.mean(0)
         self.inputs = principal_components(patches - self.centre, COMPONENTS)  # (k, fan_in): C = inputs^T inputs
         outputs = self.inputs @ nf4.dense_weight(conv.base(), patches.dtype).flatten(1).T  # (k, out)
@@ -145,10 +150,36 @@ def _pairs(model: nn.Module) -> Iterator[tuple[nn.Conv2d, nn.BatchNorm2d]]:
                     yield conv, norm
 
 
+def _adapted_pairs(model: nn.Module) -> dict[nn.Conv2d, nn.BatchNorm2d]:
+    return {conv: norm for conv, norm in _pairs(model) if fusion.folds(conv, norm) and conv.r > 0}
+
+
+@torch.no_grad()
+def own_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Give adapters, which still do nothing, the statistics that BatchNorms have on these images (arXiv 1603.04779).
+
+    Those stored are of the images, and of the size, that the backbone was pretrained on.
+    """
+    pairs = _adapted_pairs(model)
+    norms = list(pairs.values())
+    stored = copy.deepcopy([norm.state_dict() for norm in norms])
+    with eval_mode(model), temporarily(norms, frozen=False, momentum=None):  # the mean over all batches
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.train()
+        for batch in batches:
+            if len(batch) > 1:  # an image alone has no variance where an output has one pixel
+                model(batch)
+    for (conv, norm), of_base in zip(pairs.items(), stored, strict=True):
+        own = (norm.running_mean.clone(), norm.running_var.clone())
+        norm.load_state_dict(of_base)
+        conv.followed = AdapterStatistics(norm, *own)
+
+
 @torch.no_grad()
 def follow_statistics(model: nn.Module, batches: Iterable[Tensor], required: bool = False) -> None:
     """Let the frozen BatchNorms folded into adapted convolutions follow the adapters, which still do nothing."""
-    norm_of = {conv: norm for conv, norm in _pairs(model) if fusion.folds(conv, norm) and conv.r > 0}
+    norm_of = _adapted_pairs(model)
     if not norm_of and required:
         raise InputError("--norms follow: no adapted convolution of a ResNet has a frozen BatchNorm behind it; drop it")
     batches = list(batches) if norm_of else []

@@ -1,18 +1,30 @@
 """Every way to fine-tune: what trains, what the file holds, and what merging makes of it."""
 
 import argparse
+import itertools
 from unittest import mock
 
 import pytest
 import torch
+import yaml
+from torch import nn
 
 import deploy_lora
 import finetune_lora
 from finetune_lora import load_finetuned
+from lora.followed_norms import followers
+from tests.checkpoint_files import narrow_resnet
 from tests.dense import trained
 from tests.run_folders import tensors, train_on
+from toolkit.answers import evaluation
+from toolkit.answers.classification import Classification
+from toolkit.answers.probe import fit_linear_probe
+from toolkit.files import read_checkpoint
+from toolkit.images.data import Transformed
+from toolkit.images.transforms import eval_transform
 from toolkit.models.backbones import build_backbone
 from toolkit.models.checkpoints import load_backbone
+from toolkit.run.options import FineTuneOptions, may_have_own_norms
 
 WAYS = {
     "lora and norms": "--lora-rank 2 --lora-dropout 0.1 --norms train --learning-rate 1e-4",
@@ -92,6 +104,72 @@ def test_norms_follow_on_a_cpu_unless_they_are_asked_to_elsewhere():
         for freeze, expected in ((True, of_adapters), (False, norms)):
             args = argparse.Namespace(norms=norms, freeze_backbone=freeze)
             assert finetune_lora.settled_norms(args, torch.device(device)) == expected
+
+
+def normalised_by(norms: list[nn.Module], momentum: float) -> None:
+    for norm in norms:
+        norm.momentum = momentum
+        norm.train()
+
+
+def test_a_probe_of_the_training_images_says_whose_statistics_norms_begin_with(narrow, saved, images, monkeypatch):
+    """The stored ones, or those that stock BatchNorms take of the images, but for the stem's; nothing else changes."""
+    argv = f"--checkpoint {saved(narrow)} --data-dir {images} --image-size 32 --precision fp32 --batch-size 7"
+    args, _ = finetune_lora.read_options(argv.split())
+    splits, model, report, plan = finetune_lora.prepare(args, torch.device("cpu"))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items() if "fc." not in name}
+    losses = []
+    start = Classification.start
+
+    def noted(*given, **options):
+        losses.append(start(*given, **options))
+        return losses[-1]
+
+    monkeypatch.setattr(Classification, "start", noted)
+    chosen = finetune_lora.with_norms_chosen(args, plan, model, report, splits)
+    losses = [probe.loss for probe in losses]
+    assert chosen.norms == ("own" if losses[1] < losses[0] else "auto")
+    torch.testing.assert_close({name: model.state_dict()[name] for name in before}, before, rtol=0, atol=0)
+    assert not followers(model) and not evaluation.training_norms(model)
+
+    x = torch.stack([image for image, _ in Transformed(splits.train, eval_transform(32))])
+    labels = torch.tensor(splits.train.labels)
+    dense = narrow_resnet().eval()
+    dense.load_state_dict(narrow, strict=False)
+    dense.fc = nn.Identity()
+    expected = [fit_linear_probe(dense(x), labels, 3).loss]
+    norms = [module for name, module in dense.named_modules() if isinstance(module, nn.BatchNorm2d) and name != "bn1"]
+    for number, batch in enumerate(x.split(7), 1):  # the mean of three batches
+        normalised_by(norms, 1 / number)
+        dense(batch)
+    expected.append(fit_linear_probe(dense.eval()(x), labels, 3).loss)
+    assert losses == pytest.approx(expected, rel=1e-3) and losses[0] != pytest.approx(losses[1], rel=1e-2)
+
+
+@pytest.mark.parametrize("own", [0.9, 1.0])
+def test_norms_begin_with_the_images_own_statistics_where_these_serve_better(finetune, narrow, saved, monkeypatch, own):
+    """The file has them, and a resumed run, whatever a probe would say now."""
+    losses = itertools.cycle([1.0, own])
+    real = Classification.start
+    monkeypatch.setattr(Classification, "start", lambda *a, **o: real(*a, **o)._replace(loss=next(losses)))
+    resnet = f"--checkpoint {saved(narrow)} --image-size 32 --lora-rank 2 --epochs 1"
+    found = finetune(resnet)["folder"]
+    stored = tensors(finetune(f"{resnet} --norms follow", "stored")["folder"] / "lora.pth")
+    name = "layer1.0.bn1.running_mean"
+    assert torch.allclose(tensors(found / "lora.pth")[name], stored[name], atol=1e-3) == (own == 1.0)
+    assert "norms" not in yaml.safe_load((found / "config.yaml").read_text()).get("finetune", {})
+    monkeypatch.setattr(Classification, "start", real)
+    results = finetune(f"{resnet} --resume")
+    assert read_checkpoint(found / "last.pth")["config"]["finetune"]["norms"] == ("own" if own < 1 else "follow")
+    _, metadata = load_finetuned(found / "lora.pth")
+    assert metadata["val_accuracy"] == results["val_accuracy"]
+
+
+def test_norms_begin_so_beside_nothing_that_excludes_it():
+    assert may_have_own_norms(FineTuneOptions())
+    excluded = {"norms": "follow", "head_init": "random", "lora_rank": 0, "freeze_backbone": False}
+    for name, value in (excluded | {"batch_size": 1, "task": "segmentation"}).items():
+        assert not may_have_own_norms(FineTuneOptions(**{name: value})), name
 
 
 def test_adapters_that_do_nothing_are_named_once(start, capsys):

@@ -38,6 +38,7 @@ class Probe(NamedTuple):
     # (views * N, K): what probes fitted to the other parts answer for each part; NaN where these lack the image's class
     held_out: Tensor | None = None
     scaling: str = "deviation"  # of SCALINGS
+    loss: float = np.inf  # mean, in cross-validation, where there was one
 
 
 class HeadTemperature(NamedTuple):
@@ -195,9 +196,9 @@ def _fitted(features: Tensor, Y: Tensor, counts: Tensor, parts: Sequence, link: 
     name = min(searches, key=lambda name: searches[name][0])
     if not parts and X.min() >= 0:
         name = "length"
-    _, strength, held_out = searches[name]
+    loss, strength, held_out = searches[name]
     weight, bias = fitted_at(X, Y, counts, name, strength, link)
-    return Probe(weight, bias, strength, held_out, name)
+    return Probe(weight, bias, strength, held_out, name, loss / counts.sum().item())
 
 
 def _search(X: Tensor, scaled: Scaled, Y: Tensor, counts: Tensor, parts: Sequence, link: Link) -> tuple:
@@ -322,9 +323,12 @@ def fit_ridge(features: Tensor, targets: Tensor, views: int = 1, clusters: Tenso
     for rest, part in parts(_folds([0] * (len(Y) // views), clusters), views):
         weights, biases = _ridges(X[rest], Y[rest], RIDGES)
         errors += (X[part] @ weights.mT + biases[:, None] - Y[part]).square().nansum((1, 2))
-    best = float(RIDGES[int(errors.argmin())]) if errors.any() else 1.0
+    best, loss = 1.0, np.inf
+    if errors.any():
+        best = float(RIDGES[int(errors.argmin())])
+        loss = errors.min().item() / len(Y)
     [weight], [bias] = _ridges(X, Y, [best])
-    return Probe(*_unscaled(weight, bias, scaled), best)
+    return Probe(*_unscaled(weight, bias, scaled), best, loss=loss)
 
 
 def _ridges(X: Tensor, Y: Tensor, penalties: Sequence[float]) -> tuple[Tensor, Tensor]:

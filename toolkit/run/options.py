@@ -328,6 +328,12 @@ TASK_CLASHES = {  # the same of --task, by what the task reads
 }
 
 
+def may_have_own_norms(args: FineTuneOptions) -> bool:
+    """Is there a probe that says whether BatchNorms begin with the images' own statistics, and an adapter for these?"""
+    is_auto = args.norms == "auto" and args.freeze_backbone and args.lora_rank > 0
+    return is_auto and args.head_init == "probe" and args.batch_size > 1 and choices.TRUTHS[args.task] != "mask"
+
+
 def _is_given(args: Any, words: str) -> bool:
     """Do the options have what these words say: `--norms train`, `--no-freeze-backbone`, or `--heads` of any value?"""
     name, _, value = words.removeprefix("--").partition(" ")
