@@ -54,7 +54,7 @@ from toolkit.models.names import RESNETS
 from toolkit.models.norms import FOLDING, NORMS, constants_kept, freeze_statistics, share_statistics
 from toolkit.run import folds, guard, optim, options, output_folder, reports, run_state, runs, search, teacher, training
 from toolkit.run.guard import Collapsed, GoBack, Guard, Keep
-from toolkit.run.loaders import FOLLOWED_IMAGES, Loaders, load_images, steps_of_epoch
+from toolkit.run.loaders import NORMS_IMAGES, Loaders, load_images, steps_of_epoch
 from toolkit.run.run_state import RunState, StateEntry, copy_to_cpu
 
 # ------------------------------------------------------------------------------------------------------- the layers
@@ -656,8 +656,8 @@ def main(argv: list[str] | None = None, after_epoch: Callable[["FineTuning"], No
             args = with_rate_found(args, plan, model, splits, begin)
         run = begun_run(args, plan, model, report, splits)
         print(reports.describe_rates(run))
-        if run.plan.norms != "frozen" and (following := len(followers(model))):
-            print(f"norms: {following} BatchNorms follow the adapters (--norms {args.norms})")
+        if settled_norms(args, device) != "frozen" and (following := len(followers(model))):
+            print(f"norms: {following} BatchNorms follow the adapters (--norms follow)")
         if not args.resume:
             print(reports.describe_start(run))
         begin()  # once everything has been read
@@ -734,6 +734,9 @@ def adapt_as_asked(model: nn.Module, args: FineTuneOptions, frozen_dtype: torch.
     return model
 
 
+CLEAR_GAIN = 0.01  # of a probe's loss: what is less may be chance (benchmarks/RESULTS.md)
+
+
 def with_norms_chosen(args: FineTuneOptions, plan: Plan, model: nn.Module, report: dict, splits: Splits) -> Plan:
     """`--norms auto`: a ResNet's begin with statistics of the training images if a linear probe loses less with these.
 
@@ -745,7 +748,7 @@ def with_norms_chosen(args: FineTuneOptions, plan: Plan, model: nn.Module, repor
     if report["arch"] not in RESNETS or not options.may_have_own_norms(args):
         return plan
     loaders = Loaders(args, plan, splits, report["image_size"], data.LoadingMeter())
-    images = splits.train.at_most(FOLLOWED_IMAGES)
+    images = splits.train.at_most(NORMS_IMAGES)
     batches = loaders.add_same_views(images, loaders.plain_view)
     task = tasks.task_of_run(args, splits, plan.device)
 
@@ -760,7 +763,8 @@ def with_norms_chosen(args: FineTuneOptions, plan: Plan, model: nn.Module, repor
     for conv in followers(model):
         conv.followed = None
     devices.restore_rng_state(random_state)  # as if nothing had been tried
-    if not distributed.gather(own < stored)[0]:  # elsewhere the last bits may differ
+    serves = own < (1 - CLEAR_GAIN) * stored
+    if not distributed.gather(serves)[0]:  # elsewhere the last bits may differ
         return plan
     print(f"norms: they begin with the images' own statistics: with these a probe loses {own:.3g}, else {stored:.3g}")
     return plan._replace(norms="own")

@@ -348,3 +348,12 @@ def test_scipy_has_one_thread_while_pytorch_has_its_own(monkeypatch):
     with threadpool_limits(2, "blas"):
         probe.fit_linear_probe(torch.eye(4), torch.tensor([0, 0, 1, 1]), 2)
     assert threads and set(threads) == {1}
+
+
+def test_the_loss_of_a_probe_is_the_mean_over_what_was_held_out():
+    labels = torch.arange(30) % 3
+    found = probe.fit_linear_probe(torch.randn(30, 4), labels, 3)
+    assert found.loss == pytest.approx(F.cross_entropy(found.held_out, labels).item())
+    assert probe.fit_linear_probe(torch.randn(3, 4), torch.arange(3), 3).loss == math.inf  # nothing can be
+    numbers = torch.tensor([[0.0], [1], [2], [3], [5], [9]])  # of which the features say nothing: the others' mean
+    assert probe.fit_ridge(torch.zeros(6, 2), numbers).loss == pytest.approx(18.125)

@@ -126,9 +126,11 @@ def test_a_probe_of_the_training_images_says_whose_statistics_norms_begin_with(n
         return losses[-1]
 
     monkeypatch.setattr(Classification, "start", noted)
+    drawn = torch.get_rng_state()
     chosen = finetune_lora.with_norms_chosen(args, plan, model, report, splits)
+    assert torch.equal(torch.get_rng_state(), drawn)
     losses = [probe.loss for probe in losses]
-    assert chosen.norms == ("own" if losses[1] < losses[0] else "auto")
+    assert chosen.norms == ("own" if losses[1] < 0.99 * losses[0] else "auto")
     torch.testing.assert_close({name: model.state_dict()[name] for name in before}, before, rtol=0, atol=0)
     assert not followers(model) and not evaluation.training_norms(model)
 
@@ -146,7 +148,7 @@ def test_a_probe_of_the_training_images_says_whose_statistics_norms_begin_with(n
     assert losses == pytest.approx(expected, rel=1e-3) and losses[0] != pytest.approx(losses[1], rel=1e-2)
 
 
-@pytest.mark.parametrize("own", [0.9, 1.0])
+@pytest.mark.parametrize("own", [0.989, 0.991])
 def test_norms_begin_with_the_images_own_statistics_where_these_serve_better(finetune, narrow, saved, monkeypatch, own):
     """The file has them, and a resumed run, whatever a probe would say now."""
     losses = itertools.cycle([1.0, own])
@@ -156,11 +158,11 @@ def test_norms_begin_with_the_images_own_statistics_where_these_serve_better(fin
     found = finetune(resnet)["folder"]
     stored = tensors(finetune(f"{resnet} --norms follow", "stored")["folder"] / "lora.pth")
     name = "layer1.0.bn1.running_mean"
-    assert torch.allclose(tensors(found / "lora.pth")[name], stored[name], atol=1e-3) == (own == 1.0)
+    assert torch.allclose(tensors(found / "lora.pth")[name], stored[name], atol=1e-3) == (own > 0.99)
     assert "norms" not in yaml.safe_load((found / "config.yaml").read_text()).get("finetune", {})
     monkeypatch.setattr(Classification, "start", real)
     results = finetune(f"{resnet} --resume")
-    assert read_checkpoint(found / "last.pth")["config"]["finetune"]["norms"] == ("own" if own < 1 else "follow")
+    assert read_checkpoint(found / "last.pth")["config"]["finetune"]["norms"] == ("own" if own < 0.99 else "follow")
     _, metadata = load_finetuned(found / "lora.pth")
     assert metadata["val_accuracy"] == results["val_accuracy"]
 

@@ -22,6 +22,7 @@ from toolkit.run import guard, options, runs, teacher, training
 
 LEAST_STEPS = 12  # of an epoch, which passes over few images until it has them
 STATISTICS_IMAGES = 512  # the most training images from which BatchNorm's statistics are estimated
+NORMS_IMAGES = 512  # the most training images of a probe that says whose statistics norms begin with
 FOLLOWED_IMAGES = 256  # the most training images by which BatchNorms follow adapters
 CALIBRATION_IMAGES = 5_000  # the most training images by which thresholds and the temperature are chosen
 PROBED_VIEWS = 512  # of few training images together, at the most; and MOST_VIEWS of each
