@@ -756,13 +756,11 @@ def with_norms_chosen(args: FineTuneOptions, plan: Plan, model: nn.Module, repor
         features = task.features(model, batches, plan.device, plan.dtype, len(images))
         return task.start(model, *features, clusters=images.clusters()).loss
 
-    random_state = devices.rng_state()
     stored = probe_loss()
     own_statistics(model, loaders.followed_batches())
     own = probe_loss()
     for conv in followers(model):
         conv.followed = None
-    devices.restore_rng_state(random_state)  # as if nothing had been tried
     serves = own < (1 - CLEAR_GAIN) * stored
     if not distributed.gather(serves)[0]:  # elsewhere the last bits may differ
         return plan

@@ -357,3 +357,4 @@ def test_the_loss_of_a_probe_is_the_mean_over_what_was_held_out():
     assert probe.fit_linear_probe(torch.randn(3, 4), torch.arange(3), 3).loss == math.inf  # nothing can be
     numbers = torch.tensor([[0.0], [1], [2], [3], [5], [9]])  # of which the features say nothing: the others' mean
     assert probe.fit_ridge(torch.zeros(6, 2), numbers).loss == pytest.approx(18.125)
+    assert probe.fit_ridge(numbers, numbers).loss < 0.1
