@@ -1,6 +1,7 @@
 """Runs on a GPU: their figures are the CPU's, and Python waits for the GPU only where figures are read. Without
 a GPU tests/test_cuda_on_cpu.py runs these tests on an emulated one."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 from torch import nn
 
 import deploy_lora
+import finetune_lora
 from moco import pretrain
 from tests import cuda_on_cpu, dense
 from tests.run_folders import metrics, stop, tensors
@@ -192,6 +194,17 @@ def test_answers_are_those_of_a_cpu(once, images, tmp_path, command):
 
     found = answer("cuda")
     assert found == pytest.approx(answer("cpu"), abs=1e-2 if command == "explain" else 1e-4)
+
+
+@pytest.mark.slow
+def test_norms_begin_with_the_images_own_statistics_and_stay_there(finetune, narrow, saved, monkeypatch):
+    """On a CPU they would follow the adapters, which hardly train here."""
+    monkeypatch.setattr(finetune_lora, "CLEAR_GAIN", -math.inf)  # whatever a probe says
+    told = f"--checkpoint {saved(narrow)} --image-size 32 --lora-rank 2 --learning-rate 1e-9 --precision fp32 --device"
+    gpus, cpus = (tensors(finetune(f"{told} {device}", device)["folder"] / "lora.pth") for device in ("cuda", "cpu"))
+    own = [name for name in gpus if "running" in name]
+    assert len(own) == 2 * 19
+    torch.testing.assert_close([gpus[name] for name in own], [cpus[name] for name in own], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow
