@@ -738,9 +738,9 @@ CLEAR_GAIN = 0.01  # of a probe's loss: what is less may be chance (benchmarks/R
 
 
 def with_norms_chosen(args: FineTuneOptions, plan: Plan, model: nn.Module, report: dict, splits: Splits) -> Plan:
-    """`--norms auto`: a ResNet's begin with statistics of the training images if a linear probe loses less with these.
+    """`--norms auto`: begin with BatchNorm statistics of the training images if a linear probe loses less with these.
 
-    The stored ones are of the images, and of the size, that the backbone was pretrained on (AdaBN, arXiv 1603.04779).
+    Those in the file are of the images, and of the size, that the ResNet was pretrained on (AdaBN, arXiv 1603.04779).
     """
     if args.norms == "auto" and args.resume:
         began_so = run_state.recorded_setting(args.resume, "norms") == "own"

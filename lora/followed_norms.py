@@ -156,10 +156,8 @@ def _adapted_pairs(model: nn.Module) -> dict[nn.Conv2d, nn.BatchNorm2d]:
 
 @torch.no_grad()
 def own_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Give adapters, which still do nothing, the statistics that BatchNorms have on these images (arXiv 1603.04779).
-
-    Those stored are of the images, and of the size, that the backbone was pretrained on.
-    """
+    """Give adapters that still do nothing the statistics of the BatchNorms behind them on these images: their mean over
+    batches (N, C, H, W) of two images or more. The BatchNorms keep their own (AdaBN, arXiv 1603.04779)."""
     pairs = _adapted_pairs(model)
     norms = list(pairs.values())
     stored = copy.deepcopy([norm.state_dict() for norm in norms])
