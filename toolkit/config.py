@@ -1,7 +1,6 @@
 """Reads options: argparse is their schema; defaults < a YAML file < the command line give the values.
 
-An argument group titled `model`, `data`, `moco` or `finetune` is the YAML section of that name; its options' names
-(`dest`) are the keys.
+An argument group titled `model`, `data`, `moco` or `finetune` is the YAML section of that name, with each `dest` a key.
 """
 
 import argparse

@@ -70,10 +70,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def select_precision(name: str, device: torch.device) -> torch.dtype:
-    """'auto', 'fp32', 'bf16' or 'fp16' -> the dtype to autocast to. Raises InputError for fp16 on the CPU.
-
-    'auto' is bf16 on CUDA devices that compute in it, fp16 on other CUDA devices, fp32 elsewhere.
-    """
+    """The dtype to autocast to; auto: on CUDA bf16, or fp16 on older ones, else fp32. InputError: fp16 on the CPU."""
     if name == "auto":
         name = "fp32"  # fine-tuning on a CPU measures first: see `faster_dtype`
         if device.type == "cuda":

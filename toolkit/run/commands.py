@@ -99,8 +99,10 @@ def read_options(argv: Sequence[str] | None = None, description: str = "") -> ar
     """The command and its options. Raises InputError with all that is wrong with them."""
     parser, parsers = make_parser(description)
     argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0] not in COMMANDS and (meant := did_you_mean(argv[0], COMMANDS)):
-        raise InputError(f"{printable(argv[0])}: no such command ({meant}); see --help")
+    if argv and argv[0] not in COMMANDS:
+        meant = did_you_mean(argv[0], COMMANDS)
+        if meant:  # else argparse names all of them
+            raise InputError(f"{printable(argv[0])}: no such command ({meant}); see --help")
     if {"", "--output="}.intersection(argv):  # as a path it would be the working directory
         raise InputError("an argument is empty: leave it out, or see whether a variable has no value")
     args, rest = parser.parse_known_args(argv)

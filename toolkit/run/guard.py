@@ -68,16 +68,14 @@ class Guard:
 
     def note_start(self, worst_batch_loss: float | None, watched: Answers) -> None:
         """Note the answers before training, or anew for a head of another temperature; the loss if batches matter."""
-        self.first_loss = worst_batch_loss
-        self.recent_loss = worst_batch_loss
+        self.first_loss = self.recent_loss = worst_batch_loss
         self.scores = [watched.score]
         self.start_loss = watched.loss
 
     def note_step(self, loss: float) -> None:
         """Note the mean loss over the images of a step."""
         if self.first_loss is None and math.isfinite(loss):
-            self.first_loss = loss
-            self.recent_loss = loss
+            self.first_loss = self.recent_loss = loss
         self.recent_loss = LOSS_DECAY * (self.recent_loss or 0.0) + (1 - LOSS_DECAY) * loss
 
     def after_step(self) -> Keep | GoBack:
@@ -87,11 +85,7 @@ class Guard:
         return GoBack("training collapsed")
 
     def after_epoch(self, trained: Answers, still_sure: bool | None = None) -> Keep | GoBack:
-        """What is to become of an epoch, by the watched images. `still_sure`: are those without labels, if such train?
-
-        Adapters may die without a collapse, so after two barren epochs in a row, if later ones may hardly mend
-        them, the run goes back; with masks also if it would end barren.
-        """
+        """What becomes of an epoch, by the watched images. `still_sure`: are those without labels, if such train?"""
         if self.has_collapsed(trained.score, trained.loss):
             return GoBack("training collapsed")
         if not self.has_start:
@@ -99,8 +93,9 @@ class Guard:
         does_harm = trained.score < self.scores[0] - HARMLESS_LOSS
         if still_sure is not None:  # the start was fitted to training images, whose score flatters it; not to these
             does_harm = not still_sure or (does_harm and trained.loss >= self.start_loss)
+        # Adapters may die without a collapse: two barren epochs in a row count, if later ones may hardly mend them.
         is_due = self.barren_epochs + 1 >= BARREN_EPOCHS and not self.is_early
-        if self.task.per_pixel and trained.loss < self.start_loss:  # later epochs may mend it
+        if self.task.per_pixel and trained.loss < self.start_loss:  # later epochs may mend it, if there are any
             is_due = len(self.scores) == self.epochs
         if len(self.retreats) < RETREATS and self.is_barren(trained, does_harm) and is_due:
             return GoBack("training gains nothing")

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from toolkit import attributes
-from toolkit.choices import TRUTHS
+from toolkit import attributes, choices
 from toolkit.run.options import FineTuneOptions
 
 
@@ -94,7 +93,7 @@ def rate_divisor(rate: float, steps: int) -> float:
 def run_divisor(args: FineTuneOptions, rate: float, steps: int) -> float:
     """The divisor of a run's learning rate. Full fine-tuning and adapters of a random start train at what is typed."""
     # So do adapters with masks: an image has thousands of labels, and steps that harm leave nothing to keep.
-    if not args.freeze_backbone or "random" in (args.head_init, args.lora_init) or TRUTHS[args.task] == "mask":
+    if not args.freeze_backbone or "random" in (args.head_init, args.lora_init) or choices.TRUTHS[args.task] == "mask":
         return 1.0
     return rate_divisor(rate, steps)
 

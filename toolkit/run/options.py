@@ -6,15 +6,15 @@ checked together, and then frozen: what a run settles is in its `Plan`.
 
 import argparse
 import contextlib
-import inspect
 import os
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from inspect import get_annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from toolkit import SHIPPED, TOOLKIT, InputError, attributes, choices, config, found_path, homed, same_file
-from toolkit.choices import ARITHMETICS, AUGMENTATIONS, DATASETS, KEEP_BEST, PRECISIONS, UNLABELLED_SET
+from toolkit.choices import ARITHMETICS, AUGMENTATIONS, DATASETS, DEFAULT_TASK, KEEP_BEST, PRECISIONS, UNLABELLED_SET
 from toolkit.config import any_float, flag, option, or_auto, positive_float, positive_int, several
 from toolkit.images import remote, scaling
 from toolkit.images.families import FAMILIES, known_scaling
@@ -91,9 +91,7 @@ class ImageOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions(ImageOptions):
-    task: str = option(
-        choices.DEFAULT_TASK, "multilabel, regression: of a --data-list; segmentation: masks", choices=tuple(KEEP_BEST)
-    )
+    task: str = option(DEFAULT_TASK, "multilabel, regression: of a --data-list; segmentation: masks", choices=KEEP_BEST)
     label_columns: tuple[str, ...] | None = several("labels or numbers of a list, as A,B or A..B; default: all others")
     group_by: str | None = option(None, "column or folder level that names patients or fields; each stays on one side")
     folds: str | None = option(None, "cross-validate over this many parts; 2/5: the second of five", type=config.folds)
@@ -186,10 +184,7 @@ class Plan(NamedTuple):
 
 
 # Keys of sections that both scripts read, but which are fine-tuning's alone: pretraining ignores them.
-OF_FINE_TUNING = {
-    "model": inspect.get_annotations(ModelOptions).keys() - {"arch"},
-    "data": inspect.get_annotations(DataOptions).keys(),
-}
+OF_FINE_TUNING = {"model": get_annotations(ModelOptions).keys() - {"arch"}, "data": get_annotations(DataOptions).keys()}
 
 PATHS = ("data_dir", "val_dir", "data_list", "unlabelled", "knn_dir", "checkpoint", "stage1_adapter")
 
@@ -291,10 +286,7 @@ def complete_fine_tuning(args: argparse.Namespace, origins: dict[str, str], type
 # --------------------------------------------------------------------------------------------------- what goes together
 
 _ONE_CLASS = "it is for images of one class"
-_NOT_OF_MASKS = dict.fromkeys(
-    ("--augmentation trivial", "--augmentation affine", "--cache-features", "--labels-per-class", "--unlabelled"),
-    "it is not possible with masks",
-)
+_NO_MASK = ("--augmentation trivial", "--augmentation affine", "--cache-features", "--labels-per-class", "--unlabelled")
 _CHANGES = "cached features must be the same in every epoch"
 _FROM_A_PROBE = "images without labels help adapters that start at a probe"
 _NO_FILE = "an adapter over weights in fewer bits needs their file, and random weights are in none"
@@ -324,7 +316,7 @@ TASK_CLASHES = {  # the same of --task, by what the task reads
     "class": {},
     "labels": _NOT_OF_ONE,
     "numbers": _NOT_OF_ONE | {"--class-weights balanced": _ONE_CLASS},
-    "mask": _NOT_OF_MASKS,
+    "mask": dict.fromkeys(_NO_MASK, "it is not possible with masks"),
 }
 
 

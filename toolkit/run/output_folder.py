@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import toolkit
-from toolkit import InputError, faults_named, listed, printable, same_file, says, temporarily
-from toolkit.choices import EVALUATION_NAMES, UNLABELLED_SET
+from toolkit import InputError, choices, faults_named, listed, printable, same_file, says, temporarily
 from toolkit.images.remote import is_remote
 
 try:
@@ -52,10 +51,10 @@ def problems(args: Any, written: Iterable[str] = ()) -> Iterator[str]:
 
 def _places_of_images(args: Any) -> Iterator[Path]:
     """The folders in which a new folder would be taken for a class, or its pictures for images."""
-    reads_folder = args.dataset in ("imagefolder", UNLABELLED_SET) and args.data_list is None
+    reads_folder = args.dataset in ("imagefolder", choices.UNLABELLED_SET) and args.data_list is None
     others = (getattr(args, name, None) for name in ("knn_dir", "unlabelled"))
     for root in filter(None, (*others, args.data_dir if reads_folder else None)):
-        parts = list(map(root.joinpath, ("train", *EVALUATION_NAMES, "test")))
+        parts = list(map(root.joinpath, ("train", *choices.EVALUATION_NAMES, "test")))
         yield from parts if os.path.isdir(parts[0]) else [root]
     if args.val_dir is not None:
         yield args.val_dir

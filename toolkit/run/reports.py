@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from toolkit import VERSION, InputError, devices, files, listed, printable, typed
-from toolkit.answers import comparison, heat_maps, measures, tasks
-from toolkit.answers.answer_reports import PICTURES, Report, finite
+from toolkit.answers import answer_reports, comparison, heat_maps, measures, tasks
 from toolkit.answers.report_page import BLUE, ORANGE, html_pictures, new_figure, save_figure, write_page
 from toolkit.config import flat
 from toolkit.images import bands, sources, transforms
 from toolkit.models import backbones, checkpoints, published
-from toolkit.run import loaders, options, verdict
-from toolkit.run.teacher import LEAST_LABELS, enough_labels
+from toolkit.run import loaders, options, teacher, verdict
 from toolkit.run.training import best_epoch, column
 
 FineTuned = Any  # a run: `finetune_lora.FineTuning`, which no file below that one can name
@@ -79,8 +77,8 @@ def describe_unlabelled(run: FineTuned) -> str:
         line = f"unlabelled: the head starts at {found['name']}, for labelled images held out better: {gained}"
     if run.teacher is None:
         why = "of which the start knows too little"
-        if not enough_labels(run.splits):
-            why = f"below {LEAST_LABELS} labels a class"
+        if not teacher.enough_labels(run.splits):
+            why = f"below {teacher.LEAST_LABELS} labels a class"
         elif found["left_out"] == found["images"]:
             why = "all of which are of another kind than the labelled ones"
         line += f"; images without labels, {why}, do not train"
@@ -215,9 +213,9 @@ def _results(run: FineTuned, result: tasks.Answers, figures: dict, kept: dict, c
         "kept_epoch": kept["epoch"],  # of which `lora.pth` and these accuracies are
         # It was chosen on the images that it is measured on, so it is no number to publish.
         "best_epoch": best["epoch"],
-        f"best_{score}": finite(best[score]),
-        f"knn_{run.task.score}_before": finite(run.baseline["knn"]),
-        f"probe_{run.task.score}_before": finite(run.baseline["probe"]),
+        f"best_{score}": answer_reports.finite(best[score]),
+        f"knn_{run.task.score}_before": answer_reports.finite(run.baseline["knn"]),
+        f"probe_{run.task.score}_before": answer_reports.finite(run.baseline["probe"]),
         **figures,
         **run.splits.counts(),
         "class_names": run.task.names,
@@ -277,7 +275,7 @@ def labels_to_check(run: FineTuned) -> list[str]:
         files.write_cells(rows, ("path", "label", "answer", "times"), run.path("labels_to_check.csv"))
     explained = f"<p>A linear probe takes {len(found):,} of {len(images):,} training images that it has not seen for "
     explained += "another class, and is surest of these; labels_to_check.csv has them all.</p>"
-    return ["<h2>Labels to look at</h2>", explained, html_pictures(images, shown[:PICTURES])]
+    return ["<h2>Labels to look at</h2>", explained, html_pictures(images, shown[: answer_reports.PICTURES])]
 
 
 def _made() -> Iterator[tuple[str, str]]:
@@ -349,7 +347,7 @@ def plot_pretraining(history: list[dict[str, Any]], path: Path) -> None:
     save_figure(figure, path)
 
 
-def summary(run: FineTuned, results: dict[str, Any], report: Report) -> Iterator[tuple[str, str]]:
+def summary(run: FineTuned, results: dict[str, Any], report: answer_reports.Report) -> Iterator[tuple[str, str]]:
     """The table printed at the end of a fine-tuning run: (name, value) of each row."""
     task = run.task
     (title, headline), *others = report.rows()
@@ -377,8 +375,7 @@ def summary(run: FineTuned, results: dict[str, Any], report: Report) -> Iterator
     if results["peak_memory_bytes"]:
         whole = "" if results["device"].startswith("cuda") else ", the whole process"  # with Python and PyTorch
         memory = f"{results['peak_memory_bytes'] / 1e6:,.0f} MB ({results['device']}{whole})"
-    sizes = f"{results['adapter_bytes'] / 1e6:.2f} MB (backbone {results['backbone_bytes'] / 1e6:.1f} MB)"
-    yield "adapter file", sizes
+    yield "adapter file", f"{results['adapter_bytes'] / 1e6:.2f} MB (backbone {results['backbone_bytes'] / 1e6:.1f} MB)"
     yield "training time", duration(results["seconds"])
     yield "peak memory", memory
     yield "results in", f"{run.args.output_dir}/: lora.pth, last.pth, metrics.csv, results.json, config.yaml,"

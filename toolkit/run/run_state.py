@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
-from toolkit import InputError, config, devices, distributed
-from toolkit.files import read_checkpoint, save_atomically, write_cells, write_text
+from toolkit import InputError, config, devices, distributed, files
 from toolkit.images.data import LoadingMeter
 from toolkit.models.checkpoints import value_at
 from toolkit.run import optim, options, runs, training
@@ -87,13 +86,13 @@ class RunState:
     def save_state(self) -> None:
         state = self.state()  # every process contributes
         if distributed.is_main():
-            save_atomically(state, self.path("last.pth"))
+            files.save_atomically(state, self.path("last.pth"))
 
     def save_metrics(self) -> None:
         """Write the history: every epoch once, also after a resume, and an empty field for what was not measured."""
         if distributed.is_main():
             columns = list(*self.history[:1])  # none before the first epoch
-            write_cells((map(row.get, columns) for row in self.history), columns, self.path("metrics.csv"))
+            files.write_cells((map(row.get, columns) for row in self.history), columns, self.path("metrics.csv"))
 
     def resume(self, path: Path, free: Container[str]) -> None:
         """Go on where `last.pth` was written. Raises InputError as `state_of_same_run`."""
@@ -138,7 +137,7 @@ def copy_to_cpu(state: dict[str, Any]) -> dict[str, Any]:
 
 def state_of_same_run(args: Any, path: Path, keys: Collection, own: Mapping, free: Container[str]) -> dict[str, Any]:
     """The content of a `last.pth`; InputError if its keys, settings but those in `free`, images or base differ."""
-    state = read_checkpoint(path, mapped=False)
+    state = files.read_checkpoint(path, mapped=False)
     if not isinstance(state, dict) or state.keys() != keys:
         raise InputError(f"{path} is not a last.pth of this version of the script; start without --resume")
     then = config.flat(state["config"])
@@ -159,11 +158,11 @@ def state_of_same_run(args: Any, path: Path, keys: Collection, own: Mapping, fre
 def write_config(path: Path, asked: Mapping[str, Any], settled: Mapping[str, Any] | None = None) -> None:
     """Write what was asked for, which `--config` reads, and what the run has settled of it, to be looked at."""
     if distributed.is_main():
-        write_text(yaml.safe_dump({**asked, config.SETTLED: settled}, sort_keys=False), path)
+        files.write_text(yaml.safe_dump({**asked, config.SETTLED: settled}, sort_keys=False), path)
 
 
 def recorded_setting(path: Path | None, name: str) -> Any:
     """A setting of the fine-tuning that wrote this `last.pth`; None if there is no file, or not this setting in it."""
     if path is None or not path.exists():
         return None
-    return value_at(read_checkpoint(path), f"config/finetune/{name}")
+    return value_at(files.read_checkpoint(path), f"config/finetune/{name}")
