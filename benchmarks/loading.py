@@ -42,7 +42,7 @@ from benchmarks import MEASURED
 from benchmarks.compare_peers import current_commit
 from toolkit import InputError, homed
 from toolkit.config import positive_int
-from toolkit.images import data, sources, transforms
+from toolkit.images import data, folders, sources, transforms
 from toolkit.images.bands import Bands
 from toolkit.models.backbones import build_backbone
 from toolkit.run.runs import run_script
@@ -163,7 +163,7 @@ def in_turn(sets: dict[str, Sequence]) -> dict:
 
 def read_here(folder: Path, view: str, pixels: int) -> data.Transformed:
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.jpg"))
-    images = data.LabelledImages(data.ImageFiles(folder, names))
+    images = data.LabelledImages(folders.ImageFiles(folder, names))
     if view == "evaluation":
         return data.Transformed(images, transforms.eval_transform(pixels))
     crops = transforms.train_transform(pixels) if view == "fine-tuning" else transforms.two_crops(pixels, view)

@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from tests.image_files import save_image
 from tests.run_folders import assert_identical
 from toolkit import InputError
-from toolkit.images import data, sources, transforms
+from toolkit.images import data, folders, sources, transforms
 
 
 def write_images(folder, names="abc", colour=(200, 100, 50)) -> None:
@@ -213,7 +213,7 @@ def set_of(in_files: bool = True, **classes: int) -> data.LabelledImages:
     for label, (name, count) in enumerate(classes.items()):
         names += [f"{name}/{i}.png" for i in range(count)]
         labels += [label] * count
-    return data.LabelledImages(data.ImageFiles("", names) if in_files else labels, labels)
+    return data.LabelledImages(folders.ImageFiles("", names) if in_files else labels, labels)
 
 
 @pytest.mark.parametrize("in_files", [True, False])

@@ -8,7 +8,7 @@ from PIL import Image
 from benchmarks import loading
 from tests.image_files import save_image
 from toolkit import InputError, choices
-from toolkit.images import data, transforms
+from toolkit.images import data, folders, transforms
 from toolkit.images.bands import open_image
 
 
@@ -79,7 +79,7 @@ def test_a_transform_takes_what_image_open_returns_and_shows_it_upright(tmp_path
     for image in seen.values():
         assert transforms.to_rgb(image) is image  # nothing is done twice
     photograph(tmp_path / "large.jpg")
-    images = data.LabelledImages(data.ImageFiles(tmp_path, [*seen, "large.jpg"]))
+    images = data.LabelledImages(folders.ImageFiles(tmp_path, [*seen, "large.jpg"]))
     for transform in (transforms.eval_transform(32), transforms.eval_transform(96)):
         for i, (evaluated, _) in enumerate(data.Transformed(images, transform)):
             assert torch.equal(transform(Image.open(images.name(i))), evaluated), images.name(i)
@@ -169,7 +169,7 @@ def test_evaluation_decodes_twice_as_many_pixels_as_it_shows(tmp_path, spy):
 def test_an_orientation_that_makes_no_sense_is_upright(tmp_path, monkeypatch, orientation):
     Image.new("RGB", (400, 200), "white").save(tmp_path / "odd.jpg")
     monkeypatch.setattr(Image.Image, "getexif", lambda self: {274: orientation})
-    assert data.to_rgb(Image.open(tmp_path / "odd.jpg")).size == (400, 200)
+    assert transforms.to_rgb(Image.open(tmp_path / "odd.jpg")).size == (400, 200)
     view = transforms.eval_transform(64)(Image.open(tmp_path / "odd.jpg"))
     assert view.amin((1, 2)).tolist() == view.amax((1, 2)).tolist()  # white to the edges
 

@@ -1,7 +1,6 @@
 """Images other than RGB photographs: which bands are read from their files, and what their numbers mean.
 
-Such an image is an array (H, W, bands) of float32 with the unchanged numbers of its file. The network sees
-``(numbers / scale - mean) / std``.
+Such an image is a float32 array (H, W, bands) of its file's numbers; networks see ``(numbers / scale - mean) / std``.
 """
 
 import importlib

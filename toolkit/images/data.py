@@ -22,10 +22,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from toolkit import distributed
+from toolkit.images import folders, shards, transforms
 from toolkit.images.bands import Bands
-from toolkit.images.folders import ImageFiles, UnreadableImage
-from toolkit.images.shards import ShardedImages
-from toolkit.images.transforms import TwoCrops, View, to_rgb
 
 UNLABELLED = -1  # the label of an image without one
 
@@ -49,7 +47,7 @@ class LabelledImages(Dataset):
     def __getitem__(self, i: int) -> tuple[Image.Image, int | torch.Tensor]:
         image, label = self.undecoded(i)
         if isinstance(image, Image.Image):
-            image = to_rgb(image)
+            image = transforms.to_rgb(image)
         return image, label
 
     def undecoded(self, i: int) -> tuple[Image.Image | np.ndarray, int | torch.Tensor]:
@@ -90,7 +88,7 @@ class LabelledImages(Dataset):
 
     @property
     def in_files(self) -> bool:
-        return isinstance(self.source, ImageFiles)
+        return isinstance(self.source, folders.ImageFiles)
 
     @property
     def bands(self) -> Bands | None:
@@ -162,7 +160,8 @@ class Transformed(Dataset):
 
     def __post_init__(self) -> None:
         # Views decode files themselves, at the size that they need.
-        undecoded = isinstance(self.dataset, LabelledImages) and isinstance(self.transform, View | TwoCrops)
+        is_view = isinstance(self.transform, transforms.View | transforms.TwoCrops)
+        undecoded = is_view and isinstance(self.dataset, LabelledImages)
         self.read = self.dataset.undecoded if undecoded else self.dataset.__getitem__
 
     def __len__(self) -> int:
@@ -189,7 +188,7 @@ class TolerantImages(Transformed):
     def __getitem__(self, index: int | tuple[int, int]) -> tuple[torch.Tensor, str]:
         try:
             return super().__getitem__(index)[0], ""
-        except UnreadableImage as error:
+        except folders.UnreadableImage as error:
             return self.stand_in, error.problem
 
 
@@ -293,10 +292,8 @@ class LoadingMeter:
     def shown(self) -> dict[str, str]:
         """For a progress bar: the share of waiting, where it is worth more loading processes."""
         share = self.results()["waiting_share"]
-        return {"waiting for images": f"{share:.0%}"} if self.images and share >= MUCH_WAITING else {}
+        return {"waiting for images": f"{share:.0%}"} if self.images and share >= 0.1 else {}
 
-
-MUCH_WAITING = 0.1  # of the time
 
 # So many images in memory, or in files, are read before a loading process has started.
 SMALL_DATASET_IMAGES = 2_000
@@ -347,7 +344,7 @@ def build_loader(
     if workers == "auto":
         workers = _helpful_workers(dataset, device)
     images = dataset.dataset
-    if isinstance(images, LabelledImages) and isinstance(images.source, ShardedImages):
+    if isinstance(images, LabelledImages) and isinstance(images.source, shards.ShardedImages):
         order["archives"] = images.source.places[images.indices, 0]
     loader = DataLoader(
         dataset,

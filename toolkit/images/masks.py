@@ -96,7 +96,6 @@ def _lines_of(path: str, where: str) -> list[tuple[str, tuple[int, ...]]]:
 
 # Okabe and Ito's colours, which colour-blind readers tell apart: jfly.uni-koeln.de/color
 _OKABE_ITO = ("000000", "e69f00", "56b4e9", "009e73", "f0e442", "0072b2", "d55e00", "cc79a7")
-_GREY = 0.6
 
 
 def palette(count: int, colours: Sequence[Sequence[int]] | None = None) -> np.ndarray:
@@ -111,7 +110,7 @@ def palette(count: int, colours: Sequence[Sequence[int]] | None = None) -> np.nd
 
 def coloured(classes: Tensor, palette: np.ndarray) -> np.ndarray:
     """The class numbers (H, W) as a picture (H, W, 3) from 0 to 1; UNKNOWN is grey."""
-    colours = np.concatenate([palette, np.full((1, 3), _GREY)])
+    colours = np.concatenate([palette, np.full((1, 3), 0.6)])
     numbers = classes.long()  # 8 bits would take class 156 for UNKNOWN
     return colours[numbers.where(numbers != UNKNOWN, -1).numpy()]
 
@@ -338,19 +337,14 @@ def _leave_out(problems: Sequence[InputError], skip_unreadable: bool) -> None:
 
 # -------------------------------------------------------------------------------------------------------- finding pairs
 
-_IMAGE_FOLDERS = ("images", "image")
-_MASK_FOLDERS = ("masks", "mask", "labels", "annotations")
-_TRAINING_NAMES = ("train", "training")
-_IMAGE_ENDS = ("_image", "_img")  # of names without the suffix
 _MASK_ENDS = ("_mask", "_label", "_labels", "_seg", "_gt")
-_WITH_ARRAYS = Bands(1)  # masks may be .npy where images are photographs
 _LAYOUTS = "expected images/ and masks/ (or in train/ and val/ each; or images/train and masks/train), or files as "
 _LAYOUTS += "x.jpg and x_mask.png; else name them in a list, a line `image,mask` each"
 
 
 def pair_folders(folder: Path) -> tuple[Path, Path]:
     """Where the images and the masks of a folder are: in two folders within it, or both in itself."""
-    for images, masks in itertools.product(_IMAGE_FOLDERS, _MASK_FOLDERS):
+    for images, masks in itertools.product(("images", "image"), ("masks", "mask", "labels", "annotations")):
         if remote.is_folder(folder / images) and remote.is_folder(folder / masks):
             return folder / images, folder / masks
     return folder, folder
@@ -367,7 +361,7 @@ def pair_places(data_dir: str | Path | None, val_dir: str | Path | None, needs_v
             return pair_folders(images / name)
         return images / name, masks / name
 
-    training = [name for name in _TRAINING_NAMES if remote.is_folder(images / name)]
+    training = [name for name in ("train", "training") if remote.is_folder(images / name)]
     trained = part(training[0]) if training else (images, masks)
     if not training and val_dir is None:
         return [trained]
@@ -385,7 +379,7 @@ def _pairs(place: Place, bands: Bands | None, read: MaskReader, skip_unreadable:
     folder, mask_folder = place
     others: Counter = Counter()
     names = folders.image_names(folder, others=others, bands=bands)
-    masks = folders.image_names(mask_folder, bands=_WITH_ARRAYS)
+    masks = folders.image_names(mask_folder, bands=Bands(1))  # masks may be .npy where images are photographs
     if folder == mask_folder:
         masks = [name for name in masks if folders.without_suffix(name).endswith(_MASK_ENDS)]
         names = sorted(set(names) - set(masks))
@@ -395,7 +389,7 @@ def _pairs(place: Place, bands: Bands | None, read: MaskReader, skip_unreadable:
     pairs = []
     problems = []
     for stem, name in _by_stem(folder, names).items():
-        for end, mask_end in itertools.product(("", *_IMAGE_ENDS), ("", *_MASK_ENDS)):
+        for end, mask_end in itertools.product(("", "_image", "_img"), ("", *_MASK_ENDS)):
             mask = stem.removesuffix(end) + mask_end
             if stem.endswith(end) and mask in mask_of:
                 pairs.append((name, mask_of.pop(mask)))

@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from toolkit.images import bands as reading
 from toolkit.images import cache, folders, remote, transforms
-from toolkit.images.bands import Bands, import_tifffile
+from toolkit.images.bands import TIFF_BEGINS, Bands, decoded, floats, import_tifffile, open_image
 
 _RGB = 2  # a photometric interpretation of TIFFs
 _JPEG = (6, 7)  # compressions
@@ -46,7 +45,7 @@ class Scene:
             rows = np.array(levels[first:last])
             if self.bands is None:
                 return rows[..., :3]
-            return self.bands.picked(reading.floats(rows, self.nodata))
+            return self.bands.picked(floats(rows, self.nodata))
 
 
 @contextmanager
@@ -56,7 +55,7 @@ def open_scene(path: str | os.PathLike, bands: Bands | None) -> Iterator[Scene]:
     with tempfile.TemporaryFile() as scratch:
         with folders.named_faults(path):
             scene = _in_tiff(path, bands, scratch) or _decoded(path, bands, scratch)
-            if remote.read(path, 0, 4) in reading.TIFF_BEGINS:
+            if remote.read(path, 0, 4) in TIFF_BEGINS:
                 scene.like = path
         scene.rows(0, 1)
         yield scene
@@ -87,10 +86,10 @@ def _in_tiff(path: str, bands: Bands | None, scratch: Any) -> Scene | None:
 
 def _decoded(path: str, bands: Bands | None, scratch: Any) -> Scene:
     if bands is None:
-        with reading.open_image(path) as image:
+        with open_image(path) as image:
             levels = np.asarray(transforms.to_rgb(image))
     else:
-        levels = reading.decoded(remote.read(path))
+        levels = decoded(remote.read(path))
     scratch.seek(0)  # `_in_tiff` may have begun to write
     scratch.write(np.ascontiguousarray(levels))
     scratch.flush()

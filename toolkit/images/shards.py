@@ -41,8 +41,7 @@ class ShardedImages(ImageFiles):
 def read_shards(folder: Path, bands: Bands | None = None) -> tuple[ShardedImages, list[str]] | None:
     """The images in a folder's archives, and their labels as text, none if no image has one; None without archives.
 
-    Raises InputError for what is no tar archive, or is compressed, for image files next to archives, for images with
-    and without a label, and for no images.
+    Raises InputError for archives that are no plain tar, images next to archives, labels of some images, or no images.
     """
     shards = [name for name in visible_names(folder)[1] if name.endswith(".tar")]
     if not shards:

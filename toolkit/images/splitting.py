@@ -14,8 +14,6 @@ import torch
 from toolkit import InputError, listed, printable
 from toolkit.images.folders import one_spelling
 
-SPLIT_SEED = 0
-
 
 def by_hash(keys: Iterable[str], labels: Sequence[int], share: float, turn: int) -> np.ndarray:
     """Is each image in the part, (N,)? It is if the number in [0, 1) drawn by its key and turn is below `share`."""
@@ -39,7 +37,7 @@ def _drawn(keys: Iterable[str], turn: int) -> np.ndarray:
 
 def at_random(labels: Sequence[int], share: float) -> np.ndarray:
     """Is each image of a set that never changes in the part, (N,), which has this share of each class, and not all?"""
-    rng = np.random.RandomState(SPLIT_SEED)
+    rng = np.random.RandomState(0)
     labels = np.asarray(labels)
     in_part = np.zeros(len(labels), bool)
     for label in np.unique(labels):

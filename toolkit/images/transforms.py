@@ -132,8 +132,7 @@ def _resized(image: Image.Image | np.ndarray, box: tuple, size: tuple, reduction
     return image.resize(size, Image.Resampling.BILINEAR, box=inner)
 
 
-# For a `View`: a rectangle (left, top, right, bottom), the size to resize it to, and how many times as large decoding
-# has to leave it.
+# A rectangle (left, top, right, bottom), the size to resize it to, and how many times as large decoding leaves it.
 Place = tuple[tuple[float, ...], tuple[int, int], int]
 
 
@@ -189,9 +188,8 @@ CROP_MIN = 0.75
 def train_transform(image_size: int, augmentation: str = "crop", crop_min=CROP_MIN, **normalization: Any) -> View:
     """Any PIL image -> (3, image_size, image_size), for fine-tuning; `mean`, `std`, `bands` as for `eval_transform`.
 
-    `augmentation` is 'crop' (random resized crop, of at least `crop_min` of the area, and horizontal flip), 'trivial'
-    (the same and TrivialAugment, arXiv 2103.10158; not for bands), 'affine' (a little rotation, shift and scale, for
-    digits and documents) or 'none'.
+    `augmentation`: 'crop' (of at least `crop_min` of the area, resized; horizontal flip), 'trivial' (the same, and
+    TrivialAugment, 2103.10158; not for bands), 'affine' (a little rotation, shift, scale: digits, documents), 'none'.
     """
     bands = normalization.get("bands")
     if augmentation == "none":
