@@ -123,8 +123,8 @@ def test_figures_of_numbers_are_scikit_learns_and_scipys(seed):
     answers = truth + torch.from_numpy(random.randint(-3, 4, 50))
     times = torch.from_numpy(random.randint(0, 3, 50))
     pairs = {
-        measures.mean_absolute_error: metrics.mean_absolute_error,
-        measures.root_mean_squared_error: metrics.root_mean_squared_error,
+        measures.mae: metrics.mean_absolute_error,
+        measures.rmse: metrics.root_mean_squared_error,
         measures.r2: metrics.r2_score,
         measures.spearman: lambda t, a: spearmanr(t, a).statistic,
     }

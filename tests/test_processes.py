@@ -152,8 +152,8 @@ def test_two_processes_write_the_answers_of_one(adapter_for_images, images, tmp_
 
 def write_texts_late() -> None:
     """As on a slow drive: the other process must not look for what the first one is about to write."""
-    real = predictions.write_text
-    predictions.write_text = lambda *what: time.sleep(1) or real(*what)
+    real = predictions.files.write_text
+    predictions.files.write_text = lambda *what: time.sleep(1) or real(*what)
 
 
 @pytest.mark.slow

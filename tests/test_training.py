@@ -1,6 +1,7 @@
 """toolkit/run/training.py: randomness, device, precision, schedule, features, k-NN accuracy, evaluation."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,9 @@ from finetune_lora import LoRALinear, build_model
 from tests.dense import assert_unchanged, resnet, snapshot, vit
 from toolkit import InputError, devices
 from toolkit.answers import evaluation
+from toolkit.answers.classification import Classification
 from toolkit.devices import CPU, faster_dtype
+from toolkit.images.data import LabelledImages
 from toolkit.run import optim, training
 from toolkit.run.options import read_options
 
@@ -144,7 +147,8 @@ def test_the_best_epoch_is_the_first_of_the_lowest_loss_among_equal_scores():
 
 def test_balanced_weights_are_scikit_learns():
     labels = [0] * 6 + [1] * 3 + [3]
-    weights = evaluation.balanced_weights(labels, 5)
+    args = SimpleNamespace(class_weights="balanced", label_smoothing=0.0)
+    weights = Classification.of_run("abcde", LabelledImages([None] * 10, labels), args).class_weights
     expected = compute_class_weight("balanced", classes=np.array([0, 1, 3]), y=labels)
     assert weights[[0, 1, 3]].tolist() == pytest.approx(expected.tolist()) and weights[[2, 4]].isfinite().all()
     assert weights[labels].mean().item() == pytest.approx(1)

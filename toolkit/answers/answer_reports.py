@@ -21,7 +21,6 @@ COLUMNS = 6  # of mistakes.png
 PICTURES = 18  # in it
 CELL = 1.29  # times as high as wide, with what is written above and below a picture
 Named = list[tuple[str, str]]  # names of images, and what is said of each
-WRITTEN_OUT = 20  # classes up to which a confusion matrix has names and numbers
 
 
 class Headline(NamedTuple):
@@ -210,7 +209,7 @@ def plot_confusion(matrix: Any, names: Sequence[str], title: str, path: Path, fo
     axes = figure.subplots()
     figure.colorbar(axes.imshow(matrix, cmap="Blues"))
     axes.set(xlabel="answer", ylabel="true class", title=title)
-    if len(names) <= WRITTEN_OUT:
+    if len(names) <= 20:
         titles = list(map(drawn, names))
         rotation = 45 if max(map(len, names)) > 3 else "horizontal"
         axes.set_xticks(range(len(names)), titles, rotation=rotation)

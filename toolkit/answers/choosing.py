@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from toolkit import choices, files
 from toolkit.answers.report_page import html_pictures, write_html
-from toolkit.choices import TO_LABEL
-from toolkit.files import write_cells
 from toolkit.images import data, remote
 
 # Measured, see benchmarks/RESULTS.md.
@@ -52,10 +51,10 @@ def write_chosen(images: data.LabelledImages, folder: Path) -> None:
     names = list(map(images.name, range(len(images))))
     shown = [(i, f"{i + 1}. {Path(name).name}") for i, name in enumerate(names)]
     rows = [(name if remote.is_remote(name) else os.path.abspath(name), "") for name in names]
-    table, page = map(folder.joinpath, TO_LABEL)
+    table, page = map(folder.joinpath, choices.TO_LABEL)
     todo = f"<p>Write the label of each into {table.name}, and delete the lines without one.</p>"
     write_html(page, f"{len(images)} images to label", [todo, html_pictures(images, shown)])
-    write_cells(rows, ["path", "label"], table)
+    files.write_cells(rows, ["path", "label"], table)
 
 
 def contradicted(held_out: Tensor, labels: Tensor) -> list[tuple[int, int, float]]:

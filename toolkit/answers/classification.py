@@ -119,8 +119,10 @@ class Classification(parts.SoftmaxObjective):
     @classmethod
     def of_run(cls, names, train, args):
         weights = None
-        if args.class_weights == "balanced":
-            weights = evaluation.balanced_weights(train.labels, len(names))
+        if args.class_weights == "balanced":  # all classes count alike; the mean over the images is 1
+            counts = torch.tensor(train.labels).bincount(minlength=len(names))
+            shares = (counts > 0).sum() * counts.double() / len(train.labels)
+            weights = 1 / shares.where(counts > 0, 1.0).float()
         return cls(names, weights, args.label_smoothing)
 
     @property

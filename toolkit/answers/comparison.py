@@ -14,8 +14,7 @@ from torch import Tensor
 from toolkit import InputError, config, files, listed, printable
 from toolkit.answers import answer_reports, measures, multilabel, regression, tasks
 from toolkit.answers.segmentation import COUNTED, PixelReport, pixel_figures
-from toolkit.images.data import LabelledImages
-from toolkit.images.lists import ANSWER, PROBABILITY
+from toolkit.images import data, lists
 from toolkit.models.checkpoints import value_at
 
 IMAGE = "image"  # the first column, and the second; a label may be called the same, and then stands behind them
@@ -24,8 +23,8 @@ PIXELS, *_ = COUNTED
 # The figures that are compared, and their titles, by how the columns of answers end; None: these are classes
 SHOWN = {
     None: {"accuracy": "accuracy"},
-    PROBABILITY: {"macro_ap": "macro AP", "micro_ap": "micro AP", "macro_auroc": "macro AUROC"},
-    ANSWER: {"r2": "R2", "mae": "mean absolute error"},
+    lists.PROBABILITY: {"macro_ap": "macro AP", "micro_ap": "micro AP", "macro_auroc": "macro AUROC"},
+    lists.ANSWER: {"r2": "R2", "mae": "mean absolute error"},
     PIXELS: {name: headline.title for name, headline in PixelReport.HEADLINES.items()},
 }
 
@@ -34,7 +33,7 @@ def answers_path(results: Path) -> Path:
     return results.with_name(f"{results.stem}_answers.csv")
 
 
-def write_answers(columns: dict[str, Sequence[Any]], images: LabelledImages, results: Path) -> None:
+def write_answers(columns: dict[str, Sequence[Any]], images: data.LabelledImages, results: Path) -> None:
     """Write the truth and the answer for each image next to the results, a row each, with its group if it has one."""
     first: dict[str, Sequence[Any]] = {IMAGE: images.relative_names()}
     if images.groups is not None:
@@ -96,7 +95,7 @@ def compare(first: Path, second: Path) -> list[Difference]:
 def _truth(titles: Collection[str]) -> tuple[list[str], str | None]:
     """The columns of what is true, and what the columns of answers to it end with; None: these are classes."""
     # Of both endings the more frequent one: a label may be called as the column of another's answers.
-    kind = max((PROBABILITY, ANSWER), key=lambda ending: sum(title + ending in titles for title in titles))
+    kind = max((lists.PROBABILITY, lists.ANSWER), key=lambda ending: sum(title + ending in titles for title in titles))
     truth = [title for title in titles if title + kind in titles]
     if truth:
         return truth, kind
@@ -119,7 +118,7 @@ def _read(path: Path) -> tuple[list[str], np.ndarray | None, dict[str, np.ndarra
     images, *columns = np.array(sorted(rows), dtype=object).T
     del titles[0]
     groups = None
-    is_label = titles[1:2] in ([GROUP + PROBABILITY], [GROUP + ANSWER])  # one that is called group
+    is_label = titles[1:2] in ([GROUP + lists.PROBABILITY], [GROUP + lists.ANSWER])  # one that is called group
     if titles[:1] == [GROUP] and not is_label:
         groups = columns.pop(0)
         del titles[0]
@@ -133,7 +132,7 @@ def _answered(table: dict[str, np.ndarray], truth: Sequence[str], kind: str | No
     if kind == PIXELS:
         counts = _numbers(table, list(table))  # class by class what COUNTED names
         return lambda weights: pixel_figures(measures.weighted_sum(counts, weights).unflatten(1, (-1, len(COUNTED))).mT)
-    answers = {PROBABILITY: multilabel.LabelAnswers, ANSWER: regression.NumberAnswers}[kind]
+    answers = {lists.PROBABILITY: multilabel.LabelAnswers, lists.ANSWER: regression.NumberAnswers}[kind]
     return answers(0.0, _numbers(table, [title + kind for title in truth]), _numbers(table, truth)).weighted
 
 
@@ -143,7 +142,7 @@ def _hits(table: dict[str, np.ndarray]) -> Tensor:
 
 def _numbers(table: dict[str, np.ndarray], titles: Sequence[str]) -> Tensor:
     """These columns as numbers, (N, K), NaN where nothing stands."""
-    cells = np.stack([table[title] for title in titles], 1)
+    cells = np.stack(list(map(table.__getitem__, titles)), 1)
     cells[cells == ""] = "nan"
     try:
         return torch.from_numpy(cells.astype(float))
@@ -154,7 +153,7 @@ def _numbers(table: dict[str, np.ndarray], titles: Sequence[str]) -> Tensor:
 def table(differences: Sequence[Difference], first: Path, second: Path) -> list[tuple[str, str]]:
     rows = [("first", str(first)), ("second", str(second))]
     for measure, before, after, low, high, p in differences:
-        form = ".4g" if measure in SHOWN[ANSWER].values() else ".2%"  # a share in per cent
+        form = ".4g" if measure in SHOWN[lists.ANSWER].values() else ".2%"  # a share in per cent
         interval = answer_reports.interval_text(low, high, f"+{form}")
         text = f"{before:{form}}, {after:{form}}: {after - before:+{form}} ({interval}), p = {p:.2g}"
         if np.isnan(after - before):

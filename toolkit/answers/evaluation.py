@@ -1,7 +1,7 @@
 """Answers of a model over a loader, features, k-NN, and BatchNorm statistics for both."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -23,13 +23,6 @@ QUERIES_AT_ONCE = 1_024
 def training_norms(model: nn.Module) -> list[_BatchNorm]:
     """Every BatchNorm that takes statistics of the batch in training."""
     return [norm for norm in model.modules() if isinstance(norm, _BatchNorm) and not getattr(norm, "frozen", False)]
-
-
-def balanced_weights(labels: Sequence[int], num_classes: int) -> Tensor:
-    """A weight for each class, (num_classes,), with which all count alike; their mean over images of `labels` is 1."""
-    counts = torch.tensor(labels).bincount(minlength=num_classes)
-    shares = (counts > 0).sum() * counts.double() / len(labels)
-    return 1 / shares.where(counts > 0, 1.0).float()
 
 
 def computed(function: Callable[[Tensor], Any], images: Tensor, device: torch.device, dtype: torch.dtype) -> Any:

@@ -146,11 +146,13 @@ def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
 # ------------------------------------------------ numbers: answers and truth are (N,), weights (n, N), the figures (n,)
 
 
-def mean_absolute_error(answers: Tensor, truth: Tensor, weights: Tensor) -> Tensor:
+def mae(answers: Tensor, truth: Tensor, weights: Tensor) -> Tensor:
+    """The mean absolute error."""
     return weighted_mean((answers.double() - truth).abs(), weights)
 
 
-def root_mean_squared_error(answers: Tensor, truth: Tensor, weights: Tensor) -> Tensor:
+def rmse(answers: Tensor, truth: Tensor, weights: Tensor) -> Tensor:
+    """The root of the mean squared error."""
     return weighted_mean((answers.double() - truth).square(), weights).sqrt()
 
 

@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from toolkit import distributed
+from toolkit import choices, distributed
 from toolkit.answers import evaluation, measures, probe
 from toolkit.answers.answer_reports import Report, cell
-from toolkit.choices import KEEP_BEST, TRUTHS
 from toolkit.images.bands import are_numbers
 from toolkit.images.data import LabelledImages
 from toolkit.images.masks import MaskReader, palette
@@ -107,8 +106,8 @@ class Task:
 
     def __init__(self, names: Sequence[str]):
         self.names = list(names)
-        self.best_by = KEEP_BEST[self.kind]
-        self.truth = TRUTHS[self.kind]
+        self.best_by = choices.KEEP_BEST[self.kind]
+        self.truth = choices.TRUTHS[self.kind]
         self.per_pixel = self.truth == "mask"
 
     def to(self, device: torch.device) -> None:

@@ -14,9 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from toolkit import InputError, faults_named, listed, printable
+from toolkit import InputError, faults_named, files, listed, printable
 from toolkit.answers.parts import Task
-from toolkit.files import open_atomically, read_json, write_cells, write_text
 from toolkit.images import data, maps, scenes
 from toolkit.images.folders import without_suffix
 from toolkit.models.dense import answers_by_rows, window_starts
@@ -35,13 +34,14 @@ def begin_folder(folder: Path, about: dict, places: Sequence, endings: Sequence[
     is_begun = os.path.lexists(path)
     if is_begun and not resume:
         raise InputError(f"{folder} has answers already: go on with --resume, or name another folder")
-    earlier = read_json(path)
+    earlier = files.read_json(path)
     differing = [name for name, value in about.items() if is_begun and earlier.get(name) != value]
     if differing:
         raise InputError(f"{folder}: its answers were made with other {listed(differing)}; name another folder")
     found = {}
     for place in places:
-        found[place] = list(filter(os.path.lexists, (place.with_name(place.name + ending) for ending in endings)))
+        answers = [place.with_name(place.name + ending) for ending in endings]
+        found[place] = list(filter(os.path.lexists, answers))
         if found[place] and not is_begun:
             raise InputError(f"--output {folder}: what is written would replace {found[place][0]}; name another folder")
     for inside in {place.parent for place in places}:
@@ -51,7 +51,7 @@ def begin_folder(folder: Path, about: dict, places: Sequence, endings: Sequence[
             name = half.name[1:].rsplit(".", 2)[0]
             if not found.keys().isdisjoint(map(inside.joinpath, map(name.removesuffix, endings))):
                 half.unlink()
-    write_text(json.dumps(about, indent=2), path)
+    files.write_text(json.dumps(about, indent=2), path)
     return found
 
 
@@ -60,7 +60,7 @@ def write_table(task: Task, outputs: Tensor, images: data.LabelledImages, path: 
     columns, answers = task.table(outputs)
     columns.insert(0, "image_path" if "path" in columns else "path")
     rows = [dict(zip(columns, (images.name(i), *cells), strict=True)) for i, cells in enumerate(answers)]
-    write_cells(map(dict.values, rows), columns, path)
+    files.write_cells(map(dict.values, rows), columns, path)
     return rows
 
 
@@ -140,7 +140,7 @@ class Maps:
             maps.write_mask(path, np.concatenate(list(parts)), colours)
         else:
             path = path.with_name(f"{path.name}.npy")
-            with open_atomically(path) as file:
+            with files.open_atomically(path) as file:
                 np.save(file, np.concatenate(list(parts)))
         return path
 

@@ -46,8 +46,7 @@ class HeadTemperature(NamedTuple):
 
     least: float = 1.0  # at any rate
     per_rate: float = 0.0  # 0 if the features do not train
-    # By what factor the temperature that fits images which the probe has not seen is above the one that fits its
-    # training images; None: not known.
+    # The temperature that fits images which the probe has not seen, to that of its training images; None: not known.
     optimism: float | None = None
     # Of the probe's logits for training images laid one over another, as `measures.spread`; None: not known.
     spread: float | None = None
@@ -295,15 +294,13 @@ def _folds(alike: Sequence[int], clusters: Tensor | None, turn: int = 0) -> np.n
     return folds(alike, names, min(FOLDS, len(set(names))), turn)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Several labels an image, and numbers: targets are (views * N, K), NaN where nothing is known
+# ------------------------- several labels an image, and numbers: targets are (views * N, K), NaN where nothing is known
 
 
 def fit_one_vs_rest(features: Tensor, targets: Tensor, views=1, weights=None, clusters: Tensor | None = None) -> Probe:
     """A logistic regression for each of K labels, fitted together: with one scaling and C, as `fit_linear_probe`.
 
-    Targets (views * N, K) are 0 or 1, or NaN where an image says nothing of a label; `weights` (2, K) say how much its
-    negatives and its positives count.
+    Targets (views * N, K) are 0, 1, or NaN for unknown; `weights` (2, K) are of each label's negatives and positives.
     """
     Y = targets.detach().cpu().double()
     counts = shares_of_views(len(Y), views).repeat(1, Y.shape[1])

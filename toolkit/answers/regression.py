@@ -14,16 +14,10 @@ from toolkit.answers.answer_reports import ColumnReport, Headline, shortened
 from toolkit.answers.report_page import BLUE, ORANGE, drawn, html_picture, html_table, new_figure, save_figure
 from toolkit.images import data, lists
 
-MEASURES = {
-    "r2": measures.r2,
-    "mae": measures.mean_absolute_error,
-    "rmse": measures.root_mean_squared_error,
-    "spearman": measures.spearman,
-}
+MEASURES = {"r2": measures.r2, "mae": measures.mae, "rmse": measures.rmse, "spearman": measures.spearman}
 WITH_INTERVALS = ("r2", "mae")  # also of each number
 NOTHING_DIFFERS = "nothing differs between the evaluation images"
 PANELS = 6  # numbers that are drawn
-ROW = 3  # panels in a row
 FAR = 1e4  # standard deviations from zero, where float32 begins to blur what differs
 
 
@@ -120,7 +114,7 @@ class NumberReport(ColumnReport):
 
     def draw(self, path: Path) -> None:
         shown = self.names[:PANELS]
-        across = min(ROW, len(shown))
+        across = min(3, len(shown))
         down = math.ceil(len(shown) / across)
         figure = new_figure(4.2 * across, 4 * down)
         columns = zip(shown, self.answers.known(), self.by["r2"], strict=False)

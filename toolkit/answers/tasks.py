@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from toolkit import InputError
+from toolkit import InputError, choices
 from toolkit.answers import probe
 from toolkit.answers.classification import Classification
 from toolkit.answers.multilabel import MultiLabel
@@ -15,7 +15,6 @@ from toolkit.answers.parts import VIEW_SMOOTHING, Answers, Task  # noqa: F401
 from toolkit.answers.regression import Regression
 from toolkit.answers.segmentation import Segmentation
 from toolkit.answers.unlabelled import Start
-from toolkit.choices import DEFAULT_TASK
 from toolkit.images.sources import Splits
 
 TASKS: Mapping[str, type[Task]] = {task.kind: task for task in (Classification, MultiLabel, Regression, Segmentation)}
@@ -65,11 +64,8 @@ def start_head(
 
 
 def optimism(task: Task, model: nn.Module, features: Tensor, targets: Tensor) -> float:
-    """How much softer the head of `model`, a probe, has to be for unseen images than for its training images: a factor.
-
-    Features (N, D) are of the training images' views. For unseen images the probe is as soft as it has to be: its
-    strength was chosen by their loss, in cross-validation.
-    """
+    """How many times softer a probe has to be for unseen images than for training images, of views' features (N, D)."""
+    # For unseen images it is as soft as it has to be: its strength was chosen by their loss, in cross-validation.
     views = probe.head_outputs(model, features).cpu()
     return 1 / task.fitted_temperature(views, targets.cpu(), VIEW_SMOOTHING)
 
@@ -83,7 +79,7 @@ def task_of_run(args: argparse.Namespace, splits: Splits, device: torch.device) 
 def from_record(record: Any, names: Sequence[str], path: Any) -> Task:
     """The task that `Task.record` described, of outputs with these names. Raises InputError for anything else."""
     if record is None:
-        record = {"kind": DEFAULT_TASK}
+        record = {"kind": choices.DEFAULT_TASK}
     kind = record.get("kind") if isinstance(record, dict) else None
     task = TASKS.get(str(kind))
     if task is None:
