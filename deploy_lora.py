@@ -56,12 +56,10 @@ from lora import adapter_file, initialization, peft_format
 from lora.adapted import LoRASettings, adaptable_layers, is_adapted, recorded_in_4_bits
 from lora_utils import LoRAManager, find_base, full_rank, model_shape, read_adapter_file
 from toolkit import InputError, devices, did_you_mean, distributed, dotted, files, listed, optional_package, printable
-from toolkit.answers import choosing, comparison, evaluation, heat_maps, model_card, predictions, probe
+from toolkit.answers import choosing, comparison, evaluation, heat_maps, model_card, predictions, probe, tasks
 from toolkit.answers import demo as demo_page
 from toolkit.answers.report_page import PICTURE_ALONE, drawn, new_figure, save_figure, write_page
-from toolkit.answers.tasks import Task, from_record
-from toolkit.images import folders, lists, masks, remote, scenes, shards, sources, splitting, transforms
-from toolkit.images.bands import from_metadata, recorded, settle
+from toolkit.images import bands, folders, lists, masks, remote, scenes, shards, sources, splitting, transforms
 from toolkit.images.data import LabelledImages, TolerantImages, Transformed, among, build_loader, fixed_order_batch
 from toolkit.models.backbones import block_names, headless, in_head, input_channels, other_heads
 from toolkit.models.checkpoints import state_digest, value_at
@@ -128,7 +126,7 @@ class Deployed:
         return build_loader(images, **loading)
 
     def explainer(self) -> heat_maps.Explainer:
-        values = from_metadata(self.about) | {"window": self.model.window if self.task.per_pixel else None}
+        values = bands.from_metadata(self.about) | {"window": self.model.window if self.task.per_pixel else None}
         return heat_maps.Explainer(self.model, self.transform, self.device, self.dtype, **values)
 
     def windows_answered(self, windows: Tensor) -> Tensor:
@@ -163,12 +161,12 @@ def _loaded(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
     model, report = load_base(args.adapter, None, 2, **options.backbone_shape(settings))
     size = report["image_size"]
     about = {"class_names": [], "image_size": size, "transform": transforms.eval_transform(size, bands=read)}
-    values = settle(known, report["arch"], report["channels"], _images(args.images, about))
+    values = bands.settle(known, report["arch"], report["channels"], _images(args.images, about))
     return model.eval(), about | {"transform": transforms.eval_transform(size, **values)}
 
 
-def _task_of(about: dict[str, Any]) -> Task:
-    return from_record(about.get("task"), about["class_names"], "the adapter")
+def _task_of(about: dict[str, Any]) -> tasks.Task:
+    return tasks.from_record(about.get("task"), about["class_names"], "the adapter")
 
 
 def _refuse_pixels(about: dict[str, Any], command: str) -> None:
@@ -212,7 +210,7 @@ def _evaluated(deployed: Deployed) -> tuple[LabelledImages, str, Any]:
     return images, where, deployed.task.evaluate(deployed.model, bar, deployed.device, deployed.dtype)
 
 
-def threshold(args: argparse.Namespace) -> Task:
+def threshold(args: argparse.Namespace) -> tasks.Task:
     """Choose the thresholds of several labels anew, on labelled images; write the adapter, and return its task."""
     with _deployed(args) as deployed:
         task = deployed.task
@@ -617,7 +615,7 @@ def usage(metadata: dict[str, Any]) -> dict[str, Any]:
     size = metadata["image_size"]
     about = {key: metadata[key] for key in ("arch", "class_names", "image_size")}
     about |= {"channels": metadata.get("channels") or 3, "bands": None, "scale": 255.0}
-    about |= recorded(from_metadata(metadata), {}) | {"activation": task.activation}
+    about |= bands.recorded(bands.from_metadata(metadata), {}) | {"activation": task.activation}
     if task.per_pixel:
         about["per_pixel"] = True
     elif size <= transforms.SEEN_WHOLE:
@@ -762,9 +760,6 @@ def convert(args: argparse.Namespace) -> None:
             for name in (peft_format.CONFIG, peft_format.WEIGHTS):
                 both.enter_context(files.open_atomically(args.output / name)).write(Path(scratch, name).read_bytes())
     print(f"wrote {args.output}; on random images PEFT's logits and these differ by {error:.1e} of their size")
-
-
-# ------------------------------------------------------------------------------------------------------- command line
 
 
 def main(argv: Sequence[str] | None = None) -> Any:

@@ -282,9 +282,8 @@ class LoRAManager:
     def save_lora_checkpoint(self, path: str | Path, metadata: dict[str, Any] | None = None) -> None:
         """Write the adapter file, `.pth` or `.safetensors`. InputError if that fails; an earlier file stays as it is.
 
-        `metadata` are plain values that `load_lora_checkpoint` returns; by default those with which the adapter in use
-        was loaded, without its figures if it has changed. `finetune_lora.load_finetuned` needs `arch`, `class_names`,
-        `image_size`, `checkpoint`, and `heads`.
+        `metadata` are plain values that `load_lora_checkpoint` returns; by default those of the adapter in use, without
+        its figures if it changed. `load_finetuned` needs `arch`, `class_names`, `image_size`, `checkpoint`, `heads`.
         """
         now = base_digests(self.model)
         # Two-stage and full fine-tuning change the base too. Without a record of the start all of it counts as changed.

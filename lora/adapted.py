@@ -10,15 +10,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torchvision.models.swin_transformer import ShiftedWindowAttention
 
 from lora import backends, nf4
 from toolkit import InputError, listed
 from toolkit.models.backbones import PATCH_EMBEDDINGS, block_names, in_head, unwrapped
 
-# Stock class -> the class that adapts it over a float base, and the one over a 4-bit base. Types are exact: a subclass
-# may compute something else. `finetune_lora.py` fills the table, below its classes.
+# Stock class (no subclass: it may differ) -> what adapts it over a float base and a 4-bit one: see `finetune_lora`.
 ADAPTED: dict[type[nn.Module], tuple[type[nn.Module], type[nn.Module]]] = {}
 
 
@@ -95,7 +93,7 @@ def matches_layer(name: str, target: str) -> bool:
 
 def unwrap_for_editing(model: nn.Module) -> nn.Module:
     """The model inside a wrapper. Raises InputError if the wrapper no longer allows changing what trains."""
-    if isinstance(model, DistributedDataParallel):
+    if isinstance(model, nn.parallel.DistributedDataParallel):
         raise InputError("DistributedDataParallel has fixed what it exchanges: add adapters and freeze before it wraps")
     return unwrapped(model)
 

@@ -170,8 +170,7 @@ def _owner(model: nn.Module, path: str) -> tuple[dict[str, Tensor], str]:
 def _replace_head(model: nn.Module, name: str, head: nn.Module) -> None:
     """Put another head into the model, with the mode, device and dtype of the present one."""
     former = model.get_submodule(name)
-    parent, _, child = name.rpartition(".")
-    model.get_submodule(parent)._modules[child] = head
+    model.set_submodule(name, head)
     head.train(former.training)
     places = {(parameter.device, parameter.dtype) for parameter in former.parameters()}
     if len(places) == 1:

@@ -46,15 +46,12 @@ def _additive(name: str, mask: Tensor | None, dtype: torch.dtype, *shapes: tuple
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, num_heads: int, mask=None, dropout=0.0, need_weights=False) -> tuple:
-    """Scaled dot-product attention of several heads: (N, L, E), and its weights (N, H, L, S) if asked for.
-
-    q: (N, L, E), k and v: (N, S, E), the mask as `attention_mask` returns it.
-    """
+    """Attention of several heads: q (N, L, E), k, v (N, S, E) -> (N, L, E); its weights (N, H, L, S) if asked for."""
     q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v))  # (N, ., E) -> (N, H, ., D)
     weights = None
     if need_weights:
         scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (N, H, L, S)
-        if mask is not None:
+        if mask is not None:  # as `attention_mask` returns it
             scores = scores + mask
         weights = F.dropout(scores.softmax(-1), dropout)
         attended = weights.to(v.dtype) @ v

@@ -69,11 +69,9 @@ def first_derivative(backward):
 
 
 def linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x W^T + b`` as `F.linear`, without a gradient of its own. x: (N, in), W: (out, in).
-
-    On an AMD processor with AVX-512 oneDNN is up to 20% faster in float32 than MKL, which PyTorch chooses; elsewhere
-    MKL is. In bfloat16 all are oneDNN's, but PyTorch copies the bias first.
-    """
+    """``x W^T + b`` as `F.linear`, without a gradient of its own. x: (N, in), W: (out, in)."""
+    # In float32 PyTorch takes MKL's, but oneDNN's is up to 20% faster on an AMD processor with AVX-512. In bfloat16 all
+    # are oneDNN's, but PyTorch copies the bias first.
     on_cpu = x.device.type == "cpu" and torch.backends.mkldnn.enabled and not is_traced()
     pays = x.dtype == torch.float32 and PREFERS_ONEDNN_LINEAR
     if x.dtype == torch.bfloat16:  # autocast may still have to round the others

@@ -86,12 +86,10 @@ class AdapterStatistics:
 
 
 class FollowedNorm(AdapterStatistics):
-    """Mean and variance as a function of the adapter, which still does nothing. patches: (P, fan_in), its input.
-
-    They start at the adapter's own statistics, if it has such, else at the BatchNorm's.
-    """
+    """Mean and variance as a function of the adapter, which still does nothing. patches: (P, fan_in), its input."""
 
     def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, patches: Tensor):
+        # They start at the adapter's own, if it has such.
         own = conv.followed or AdapterStatistics(norm, norm.running_mean.clone(), norm.running_var.clone())
         super().__init__(norm, own.mean, own.variance)
         self.centre = patches.mean(0)

@@ -21,8 +21,7 @@ from torchvision.ops.misc import Conv2dNormActivation
 from lora.adapted import is_adapted, is_plain_attention
 from lora.attention import attend
 from lora.functional import RecomputedNorm, frozen_linear, max_pool2d_relu
-from toolkit import InputError, temporarily
-from toolkit.devices import is_traced
+from toolkit import InputError, devices, temporarily
 from toolkit.models.norms import FOLDING, Extended, Freezable, FreezableBatchNorm2d, extended, is_hooked, unextended
 
 
@@ -260,12 +259,11 @@ def vit_from_block(model: VisionTransformer, x: Tensor, first: int = 0) -> Tenso
 class FusedTimmBlock(Extended):
     """A block of timm's with its BatchNorms folded: each is computed right behind the convolution registered before it.
 
-    timm's own forward runs. It calls the convolution, which folds the BatchNorm in, and then the BatchNorm, which finds
-    its work done: see `FOLDING`.
+    timm's own forward runs: the convolution folds the BatchNorm in, which then finds its work done, see `FOLDING`.
     """
 
     def forward(self, *args, **kwargs):
-        if is_traced():
+        if devices.is_traced():
             return super().forward(*args, **kwargs)
         norms = {}
         for conv, norm in itertools.pairwise(self.children()):
@@ -323,9 +321,6 @@ def _set_fast_paths(model: nn.Module) -> None:
                 setattr(module, flag, vars(module).pop("stock_fast_path"))
 
 
-WHOLE_BLOCKS = (EncoderBlock, BasicBlock, Bottleneck)
-
-
 def set_gradient_checkpointing(model: nn.Module, mode: str = "none") -> None:
     """Trade time for memory: which activations are computed again in backward instead of saved.
 
@@ -335,7 +330,7 @@ def set_gradient_checkpointing(model: nn.Module, mode: str = "none") -> None:
     if mode not in ("none", "full"):
         raise InputError(f"gradient checkpointing {mode!r} is unknown: choose none or full")
     full = mode == "full"
-    blocks = [m for m in model.modules() if unextended(m) in WHOLE_BLOCKS]
+    blocks = [m for m in model.modules() if unextended(m) in (EncoderBlock, BasicBlock, Bottleneck)]
     by_itself = False
     if hasattr(model, "set_grad_checkpointing"):  # a model of timm
         with contextlib.suppress(AssertionError):  # which timm raises if this one cannot

@@ -5,8 +5,7 @@ import functools
 from collections.abc import Callable
 
 from torch import Tensor, nn
-from torchvision.models.resnet import ResNet
-from torchvision.models.vision_transformer import VisionTransformer
+from torchvision.models import ResNet, VisionTransformer
 
 from lora.fusion import resnet_from_stage, vit_from_block
 from toolkit import InputError

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from toolkit import config, homed, typed
-from toolkit.choices import PRECISIONS, TWO_CROPS
+from toolkit import choices, config, homed, typed
 from toolkit.config import fraction, non_negative_float, non_negative_int, option, positive_float, positive_int
 from toolkit.images import remote
 from toolkit.models.names import ARCHS, NO_CHECKPOINT, checkpoint_path, fetched, model_problems
@@ -31,13 +30,13 @@ class MoCoOptions(options.AdapterOptions):
     learning_rate: float = option(1e-3, type=positive_float, flags=("--lr",))
     weight_decay: float = option(0.1, type=non_negative_float)
     warmup_epochs: int = option(0, type=non_negative_int)
-    precision: str = option("auto", choices=PRECISIONS)
+    precision: str = option("auto", choices=choices.PRECISIONS)
     momentum: float = option(0.99, "m; v3 raises it to 1 along a cosine", type=fraction)
     temperature: float = option(0.2, "T", type=positive_float)
     dim: int | None = option(None, "width of queries and keys; default: the checkpoint's, else 256", type=positive_int)
     mlp_dim: int | None = option(None, "v3: hidden width of the MLPs; the checkpoint's, else 4096", type=positive_int)
     queue_size: int = option(65536, "v2: K", type=positive_int)
-    two_crops: str = option("moco_v3", "how the views are made", choices=TWO_CROPS)
+    two_crops: str = option("moco_v3", "how the views are made", choices=choices.TWO_CROPS)
     crop_min: float = option(0.2, "smallest share of the area in a crop", type=fraction)
     seed: int = option(0, type=non_negative_int)
     knn_every: int = option(10, "epochs between k-NN accuracies", type=positive_int)

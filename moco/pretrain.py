@@ -39,8 +39,7 @@ from toolkit.answers import answer_reports, evaluation, measures
 from toolkit.images import bands, data, transforms
 from toolkit.images.sources import UNLABELLED_SET, has_labels, load_splits, load_unlabelled, validation_part
 from toolkit.models import backbones, checkpoints, norms
-from toolkit.run import options, output_folder, reports, runs, training
-from toolkit.run.run_state import RunState, StateEntry
+from toolkit.run import options, output_folder, reports, run_state, runs, training
 
 # Options that may differ when a run is resumed: they do not change what is computed, and a digest catches another base.
 FREE_TO_CHANGE = ("config", "output_dir", "resume", "device", "workers", "knn_every", "knn_dir", "checkpoint")
@@ -126,7 +125,7 @@ def train(run: "Pretraining") -> None:
             run.end_epoch()
 
 
-class Pretraining(RunState):
+class Pretraining(run_state.RunState):
     """A run of stage 1: the model, its optimizer, its data and its progress. `train` is its loop."""
 
     def __init__(self, args: PretrainOptions, device: torch.device, dtype: torch.dtype):
@@ -144,7 +143,7 @@ class Pretraining(RunState):
         self.begin_training(build_optimizer(self.model, args), steps, args.warmup_epochs * steps)
         self.total_steps = args.epochs * steps
         restore = functools.partial(self.model.load_state_dict, strict=args.lora_rank == 0)
-        self.trained_entries["model"] = StateEntry(self.model_state, restore)
+        self.trained_entries["model"] = run_state.StateEntry(self.model_state, restore)
         self.identity |= {"images": self.loader.dataset.dataset.digest, "base": base, "arch": args.arch}
         self.identity["normalization"] = bands.recorded(normalization, {})  # for whoever uses the backbone
         self.identity["config"] = {name: config.stored(value) for name, value in vars(args).items()}

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torchvision import models
 from torchvision.models.vision_transformer import ConvStemConfig, VisionTransformer
 
@@ -34,8 +33,7 @@ class ModelRecord:
     head: tuple[str, ...] | None = None  # the names of the classifier head's modules; None: see `head_names`
     heads: int | None = None  # attention heads of a ViT, if they are not the arch's own
     base_digests: dict[str, str] | None = None  # SHA-256 of each tensor of the base by name; None: not taken yet
-    # Interpolation rounds differently from one CPU to the next. So the digest above of a position embedding that was
-    # interpolated is the checkpoint's, and here is the model's.
+    # Of an interpolated position embedding, which CPUs round differently: above is the checkpoint's, here the model's.
     resized_digests: dict[str, str] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)  # of the file whose adapter, without a name, is in use
     digest: str = ""  # of that file's tensors
@@ -58,8 +56,7 @@ def other_heads(model: nn.Module) -> dict[str, str]:
 def build_backbone(arch: str, num_classes: int, image_size: int | None = None, heads=None, channels=3) -> nn.Module:
     """A randomly initialised model: images (N, channels, image_size, image_size) -> logits (N, num_classes).
 
-    `heads`: of the attention of a torchvision ViT. Raises InputError for an unknown arch, for numbers that do not fit
-    it, and if timm is needed and missing.
+    `heads`: of a torchvision ViT. Raises InputError for an unknown arch, numbers that do not fit it, or missing timm.
     """
     size = names.default_image_size(arch)  # raises for an unknown arch
     if image_size is not None:
@@ -165,7 +162,7 @@ def in_head(model: nn.Module, name: str) -> bool:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside DistributedDataParallel, DataParallel or torch.compile, all of which prefix its names."""
-    if isinstance(model, DistributedDataParallel | DataParallel):
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         return unwrapped(model.module)
     if "_orig_mod" in model._modules:  # torch.compile's OptimizedModule
         return unwrapped(model._orig_mod)

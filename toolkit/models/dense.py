@@ -10,8 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.resnet import ResNet
-from torchvision.models.vision_transformer import VisionTransformer
+from torchvision.models import ResNet, VisionTransformer
 
 from toolkit import InputError, temporarily
 from toolkit.models.backbones import head_name
@@ -165,5 +164,4 @@ def answers_by_rows(read: Callable, height: int, width: int, size: int, answer: 
 
 def answers_for(image: Tensor, size: int, answer: Callable[[Tensor], Tensor]) -> Tensor:
     """The logits (K, H, W) for an image (C, H, W) of any size: see `answers_by_rows`."""
-    height, width = image.shape[1:]
-    return torch.cat(list(answers_by_rows(lambda first, last: image[:, first:last], height, width, size, answer)), 1)
+    return torch.cat(list(answers_by_rows(lambda first, last: image[:, first:last], *image.shape[1:], size, answer)), 1)
