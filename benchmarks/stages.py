@@ -58,6 +58,7 @@ def profile(flags: list[str]) -> dict[str, Any]:
     from toolkit.run import reports
 
     watch.measures(finetune_lora, "prepare", "images and model")
+    watch.measures(finetune_lora, "with_norms_chosen", "start")
     run = finetune_lora.FineTuning
     for name in ("__init__", "start"):
         watch.measures(run, name, "start")
