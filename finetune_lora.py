@@ -293,7 +293,10 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
     """A convolution of any geometry with an adapter, ``B A`` as its kernel: fan_in = in / groups * kh * kw."""
 
     def forward(self, x: Tensor, batch_norm: nn.BatchNorm2d | None = None, residual=None, relu=False) -> Tensor:
-        """``relu(batch_norm(conv2d(x, W + s B A, b)) + residual)``: x ([N,] in, H, W), residual ([N,] out, H', W')."""
+        """``relu(batch_norm(conv2d(x, W + s B A, b)) + residual)``, see `folded_norm`.
+
+        x: ([N,] in, H, W); residual, as what is returned: ([N,] out, H', W').
+        """
         folding = {} if devices.is_traced() else FOLDING.get({})
         if self in folding and (self._is_active or not torch.is_grad_enabled()):
             norm = folding.pop(self)
@@ -586,7 +589,8 @@ def load_base(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """`load_backbone`, with the stage-1 adapter of `moco.pretrain`, if any, merged; that knows its heads and channels.
 
-    With `per_pixel` a `DenseModel`. Raises InputError for a file that cannot be read, or of another base or channels.
+    With `per_pixel` it is a `DenseModel`. `shape` and what is returned are as of `load_backbone`. Raises InputError for
+    a file that cannot be read, or an adapter of another base or other channels.
     """
     if stage1_adapter is not None:
         about = read_adapter_file(stage1_adapter)["metadata"]
@@ -696,7 +700,10 @@ def settled_norms(args: FineTuneOptions, device: torch.device) -> str:
 
 
 def build_model(args: FineTuneOptions, dtype: torch.dtype | None, num_classes: int) -> tuple[nn.Module, dict[str, Any]]:
-    """The backbone with adapters and a fresh head, frozen as options say; its report. dtype None: bf16 if faster."""
+    """The backbone of a checkpoint with adapters and a fresh head, frozen as the options say; and its report.
+
+    `dtype` is the products' and, unless in 8 bits, the frozen weights'. None: bf16 where a CPU is faster in it.
+    """
     per_pixel = choices.TRUTHS[args.task] == "mask"
     shape = options.backbone_shape(args)
     model, report = load_base(args.checkpoint, args.stage1_adapter, num_classes, **shape, per_pixel=per_pixel)

@@ -46,7 +46,7 @@ class HeadTemperature(NamedTuple):
 
     least: float = 1.0  # at any rate
     per_rate: float = 0.0  # 0 if the features do not train
-    # The temperature that fits images which the probe has not seen, to that of its training images; None: not known.
+    # The temperature that fits images which the probe has not seen, over that of training images; None: not known.
     optimism: float | None = None
     # Of the probe's logits for training images laid one over another, as `measures.spread`; None: not known.
     spread: float | None = None
