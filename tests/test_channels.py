@@ -14,7 +14,7 @@ from finetune_lora import load_finetuned
 from lora.adapter_file import write_adapter_file
 from moco import pretrain
 from tests.checkpoint_files import under, without_head
-from tests.image_files import bytes_of, labelled_tar, png_of, save_image
+from tests.image_files import bytes_of, labelled_tar, png_of, save_image, write
 from toolkit import InputError
 from toolkit.images import folders, remote
 from toolkit.images.bands import Bands, Scaling, _check_values, decoded, settle
@@ -36,11 +36,10 @@ def tiffs(tmp_path_factory) -> Path:
     """train/ and val/ with three classes, told by bands 2 to 4 of 13: 5 and 3 TIFFs each, of ten thousandths."""
     folder, rng = tmp_path_factory.mktemp("bands"), np.random.RandomState(0)
     for number, i in itertools.product(range(3), range(8)):
-        place = folder / ("train" if i < 5 else "val") / str(number)
-        place.mkdir(parents=True, exist_ok=True)
+        place = folder / ("train" if i < 5 else "val") / str(number) / f"{i}.tif"
         image = rng.randint(0, 2000, (16, 16, 13))
         image[..., 1:4] += 400 * rng.randint(0, 6 * number + 5, (16, 16, 1))
-        tifffile.imwrite(place / f"{i}.tif", image.astype(np.uint16), planarconfig="contig", photometric="minisblack")
+        save_image(place, image.astype(np.uint16), planarconfig="contig", photometric="minisblack")
     return folder
 
 
@@ -187,8 +186,7 @@ def test_a_file_with_other_bands_is_not_called_unreadable(tmp_path):
 
 def test_images_in_archives_have_bands_too(tiffs, tmp_path):
     paths = sorted((tiffs / "val").rglob("*.tif"))
-    (tmp_path / "train").mkdir()
-    (tmp_path / "train/0.tar").write_bytes(labelled_tar(paths))
+    write(tmp_path / "train/0.tar", labelled_tar(paths))
     splits = load_splits("imagefolder", tmp_path, for_training_only=True, bands=Bands(13))
     for archived in (splits.train, load_unlabelled(tmp_path, bands=Bands(13))):
         for (image, _), path in zip(archived, paths, strict=True):

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import deploy_lora
+from tests.image_files import write
 from toolkit import InputError
 from toolkit.answers import answer_reports, comparison, multilabel, regression, segmentation, tasks
 from toolkit.answers.evaluation import Evaluation
@@ -60,16 +61,13 @@ def test_what_stage_1_gained_is_said_by_the_run_without_it(classes, tmp_path):
     own = {"model": {"stage1_adapter": "moco_lora.pth"}, "finetune": {"epochs": 2}}
 
     def write_results(path: Path, **settings) -> None:
-        path.parent.mkdir(exist_ok=True)
-        content = {"task": "classification", "config": {**own, "model": {"stage1_adapter": None}, **settings}}
-        path.write_text(json.dumps(content))
+        config = {**own, "model": {"stage1_adapter": None}, **settings}
+        write(path, json.dumps({"task": "classification", "config": config}))
 
     write_results(without, finetune={"epochs": 3})
     write_results(tmp_path / "0 other images/results.json")  # and no answers
     write_results(tmp_path / "1 stage 1 too/results.json", **own)
-    broken = tmp_path / "2 broken/results.json"
-    broken.parent.mkdir()
-    broken.write_text("broken")
+    write(tmp_path / "2 broken/results.json", "broken")
     assert reports.gained_by_stage_1(mine, own).endswith(f"compare RUN_WITHOUT_IT/results.json {mine}")
     write_results(without)
     found = reports.gained_by_stage_1(mine, own)

@@ -18,6 +18,7 @@ from PIL import Image
 import deploy_lora
 from finetune_lora import load_base
 from tests.conftest import CLASSES, save_adapter
+from tests.image_files import write
 from toolkit import SHIPPED, InputError
 from toolkit.answers import demo
 from toolkit.answers.report_page import html_table
@@ -160,9 +161,8 @@ def test_a_space_has_what_the_hub_reads(space, tmp_path):
 def test_a_space_brings_the_stage_1_adapter_and_downloads_what_timm_has(tmp_path, monkeypatch):
     """Of a base that is called as its adapter one would replace the other. A full disk is one line."""
     adapter, stage1, base = (tmp_path / name for name in ("lora.pth", "moco_lora.pth", "theirs/lora.pth"))
-    base.parent.mkdir()
     for path in (adapter, stage1, base):
-        path.write_text(path.name)
+        write(path, path.name)
     space = tmp_path / "space"
     about = {"arch": "timm:tf_efficientnet_lite0", "class_names": list(CLASSES)}
     with pytest.raises(InputError, match=rf"{adapter}, {base}: in a Space two of them would have one name; rename one"):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.image_files import bytes_of, tar_of
+from tests.image_files import bytes_of, tar_of, write
 from toolkit import InputError
 from toolkit.images import bands, dicom
 from toolkit.images.folders import ImageFiles, image_names
@@ -94,8 +94,7 @@ def test_files_without_suffix_are_known_by_their_mark(tmp_path):
     system.put(f"{tmp_path}/1.2.840.100", "/disc/IM0001")
     [name] = image_names(Path("memory://disc"))
     assert ImageFiles("memory://disc", [name])[0].size == (10, 10)
-    (tmp_path / "tar").mkdir()
-    (tmp_path / "tar/a.tar").write_bytes(tar_of({"1.dcm": file_of(RAMP)}))
+    write(tmp_path / "tar/a.tar", tar_of({"1.dcm": file_of(RAMP)}))
     assert read_shards(tmp_path / "tar")[0][0].size == (10, 10)
 
 

@@ -9,15 +9,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.image_files import bytes_of, tar_of, touch
+from tests.image_files import bytes_of, tar_of, touch, write
 from toolkit import InputError
 from toolkit.answers import predictions
 from toolkit.images import data, folders, shards, sources
-
-
-def write_shard(path, samples: dict[str, bytes]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(tar_of(samples))
 
 
 def jpeg(level: int, suffix: str = "jpeg") -> bytes:
@@ -30,7 +25,7 @@ def write_set(folder, number: int) -> None:
         samples = {}
         for i in range(first, min(first + 6, number)):
             samples |= {f"{i:04}.jpg": jpeg(i), f"{i:04}.cls": b"%d" % (8 + i % 3)}
-        write_shard(folder / f"shard-{first // 6:03}.tar", samples)
+        write(folder / f"shard-{first // 6:03}.tar", tar_of(samples))
 
 
 def level(image) -> int:
@@ -55,7 +50,8 @@ def test_names_of_an_archive(tmp_path):
     # By webdataset's key, the name up to its first dot, these would share the last one's label.
     samples |= {"scan_0.1.jpg": jpeg(3), "scan_0.1.cls": b"cat", "scan_0.2.jpg": jpeg(3), "scan_0.2.cls": b"dog"}
     samples |= {"x.jpg": jpeg(3), "x.left.jpg": jpeg(4), "x.cls": b"cow"}
-    write_shard(tmp_path / "one.tar", {name.replace("/", "/._"): b"\xff\x00" for name in samples} | samples)
+    others = {name.replace("/", "/._"): b"\xff\x00" for name in samples}
+    write(tmp_path / "one.tar", tar_of(others | samples))
     images, labels = shards.read_shards(tmp_path)
     names = "scan_0.1.jpg scan_0.2.jpg x.jpg x.left.jpg a/x.PNG b/x.webp c/x.jpg"
     assert list(images.names) == [f"one.tar/{name}" for name in names.split()]
@@ -101,7 +97,7 @@ def test_what_is_wrong_with_an_archive_is_told(tmp_path):
         with pytest.raises(InputError, match=problem):
             shards.read_shards(tmp_path)
 
-    write_shard(path, {"0.jpg": jpeg(0), "1.jpg": jpeg(1), "1.cls": b"1"})
+    write(path, tar_of({"0.jpg": jpeg(0), "1.jpg": jpeg(1), "1.cls": b"1"}))
     refused(r"1 images in its archives have no label next to them: a\.tar/0\.jpg")
     with tarfile.open(path, "a") as archive:
         link = tarfile.TarInfo("0.cls")
@@ -109,7 +105,7 @@ def test_what_is_wrong_with_an_archive_is_told(tmp_path):
         link.linkname = "0.cls"  # itself
         archive.addfile(link)
     refused(r"a\.tar: not a tar archive that can be read")
-    write_shard(path, {"readme.txt": b"nothing"})
+    write(path, tar_of({"readme.txt": b"nothing"}))
     refused("no images in its 1 archives")
     whole = path.read_bytes()
     damaged = whole.replace(b"readme.txt", b"readme.tyt")  # in a header: its checksum no longer fits
@@ -119,7 +115,7 @@ def test_what_is_wrong_with_an_archive_is_told(tmp_path):
     path.write_bytes(gzip.compress(whole))
     refused("compressed ones must be unpacked")
     # What is cut is found out when it is decoded.
-    write_shard(path, {"0.jpg": jpeg(9)[:40], "1.jpg": b"nothing", "2.jpg": jpeg(9)[:-4], "3.jpg": jpeg(7)})
+    write(path, tar_of({"0.jpg": jpeg(9)[:40], "1.jpg": b"nothing", "2.jpg": jpeg(9)[:-4], "3.jpg": jpeg(7)}))
     assert not sources.has_labels(tmp_path)
     images = sources.load_unlabelled(tmp_path)
     for i in (0, 1, 2):
@@ -131,7 +127,7 @@ def test_what_is_wrong_with_an_archive_is_told(tmp_path):
 def test_an_eps_that_is_called_a_photograph_does_not_start_ghostscript(tmp_path):
     content = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n%%EOF\n"
     (tmp_path / "a.jpg").write_bytes(content)
-    write_shard(tmp_path / "shards/0.tar", {"a.jpg": content})
+    write(tmp_path / "shards/0.tar", tar_of({"a.jpg": content}))
     for files in (folders.ImageFiles(tmp_path, ["a.jpg"]), shards.read_shards(tmp_path / "shards")[0]):
         with pytest.raises(InputError, match=r"a\.jpg: not a readable image \(cannot identify"):
             files[0]

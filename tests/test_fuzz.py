@@ -28,7 +28,7 @@ from finetune_lora import add_lora_to_model, make_parser, read_options
 from lora_utils import LoRAManager
 from moco import pretrain
 from tests.checkpoint_files import rezipped, torch_file
-from tests.image_files import bytes_of
+from tests.image_files import bytes_of, geotags
 from toolkit import InputError
 from toolkit.config import parse_args
 from toolkit.files import read_checkpoint
@@ -98,9 +98,7 @@ def files(tmp_path_factory) -> dict[str, bytes]:
         about = {"class_names": ["a", "b", "c"], "nested": {"lr": 1e-4}}
         LoRAManager(small_model()).save_lora_checkpoint(folder / f"adapter.{suffix}", about)
     levels = np.arange(3 * 64, dtype=np.uint16).reshape(8, 8, 3)
-    keys = [(34735, "H", 8, [1, 1, 0, 1, 3072, 0, 1, 32632], True)]
-    keys += [(33550, "d", 3, [10.0, 10.0, 0.0], True), (33922, "d", 6, [0.0, 0.0, 0.0, 5e5, 5e6, 0.0], True)]
-    how = {"photometric": "minisblack", "planarconfig": "contig", "extratags": keys}
+    how = {"photometric": "minisblack", "planarconfig": "contig", "extratags": geotags()}
     return {
         "checkpoint.pth": torch_file(content),
         "legacy checkpoint.pth": torch_file(content, zipped=False),
@@ -146,8 +144,6 @@ def read_as_adapter(path: Path) -> None:
 
 
 READ = {"checkpoint": read_as_checkpoint, "adapter": read_as_adapter, "image": read_as_image}
-
-
 PICKLES = ("checkpoint.pth", "adapter.pth")
 NAMES = (*PICKLES, "legacy checkpoint.pth", "adapter.safetensors", "image.tif", "image.npy", "image.npz")
 MUTATED = [*itertools.product(NAMES, [mutate]), *itertools.product(PICKLES, [mutate_pickle])]
@@ -242,8 +238,6 @@ SECTIONS = st.dictionaries(
     st.one_of(PLAIN, st.dictionaries(st.one_of(st.sampled_from(KEYS), st.text(max_size=5)), PLAIN, max_size=4)),
     max_size=3,
 )
-
-
 CONFIG_FILES = st.one_of(
     st.builds(mutate, st.sampled_from(CONFIGS), EDITS, KEPT),
     st.binary(max_size=40),

@@ -18,7 +18,7 @@ import deploy_lora
 from finetune_lora import load_base, load_finetuned
 from tests.checkpoint_files import save_base
 from tests.dense import resnet
-from tests.image_files import save_image
+from tests.image_files import UTM, geotags, little_memory, oriented, save_image
 from tests.pages import DOCS, blocks, preparation
 from toolkit import InputError
 from toolkit.answers.predictions import Maps
@@ -29,18 +29,9 @@ from toolkit.images.transforms import to_rgb
 from toolkit.models import dense
 
 tifffile = pytest.importorskip("tifffile")
-UTM = (1, 1, 0, 3, 1024, 0, 1, 1, 1025, 0, 1, 1, 3072, 0, 1, 32632)
 CODES = (33550, 33922, 34264, 34735, 34736, 34737)
+COLOURS = np.array([[0, 0, 0], [1, 0.5, 0], [0, 0, 1]])
 AN_EPOCH = "--task segmentation --lora-rank 2 --augmentation crop --workers 0 --batch-size 4 --epochs 1"
-
-
-def geotags(keys=UTM, matrix=None):
-    tags = [(34735, "H", len(keys), keys, True), (34736, "d", 2, (6378137.0, 298.25), True)]
-    tags.append((34737, "s", 0, "Réseau géodésique, UTM zone 32N|".encode(), True))
-    if matrix is not None:
-        return [*tags, (34264, "d", 16, matrix, True)]
-    scale = (33550, "d", 3, (10.0, 10.0, 0.0), True)
-    return [*tags, scale, (33922, "d", 6, (0.0, 0.0, 0.0, 500000.0, 5400000.0, 0.0), True)]
 
 
 def read_tags(path):
@@ -222,6 +213,7 @@ def test_a_run_leaves_its_figures_which_an_evaluation_finds_again(of_pairs, pair
     assert {"probe_miou_before", "dice_per_class", "pixel_accuracy"} <= run.keys()
     model, info = load_finetuned(of_pairs)
     assert isinstance(model, dense.DenseModel) and info["task"]["kind"] == "segmentation"
+    assert [block.mlp[0].base_bits for block in model.backbone.encoder.layers] == [4, 4]  # below the adapters too
     assert 0 < run["temperature"] == info["temperature"] != 1
     found = deploy("evaluate", of_pairs, pairs, "--output", tmp_path / "results.json")
     assert found["miou"] == pytest.approx(run["val_miou"], abs=1e-6)
@@ -364,14 +356,12 @@ def test_rows_of_a_tiff_are_those_of_the_whole(tmp_path, how, planar):
         assert np.array_equal(in_rows(path, bands), bands.array(path))
 
 
-SIDEWAYS = Image.Exif()
-SIDEWAYS[274] = 6
 # The bands in the file and those that are asked for, and how it is written.
 OTHER_FILES = {
     "grey.png": (1, Bands(1), {}),
     "a.npy": (5, Bands(5), {}),
-    "a.jpg": (3, None, {"exif": SIDEWAYS}),
-    "a.png": (3, None, {"exif": SIDEWAYS}),
+    "a.jpg": (3, None, {"exif": oriented(6)}),
+    "a.png": (3, None, {"exif": oriented(6)}),
     "strips.tif": (3, None, {"rowsperstrip": 16, "compression": "deflate", "photometric": "rgb"}),
     "tiles.tif": (3, None, {"tile": (32, 32), "photometric": "rgb"}),
     "of four bands.tif": (4, None, {"extrasamples": ["assocalpha"], "photometric": "rgb"}),
@@ -421,12 +411,9 @@ def test_bands_of_16_bits_are_read_as_a_photograph_only_where_they_are_one(tmp_p
 def test_few_rows_of_scenes_and_maps_are_held(tmp_path):
     how = {"photometric": "minisblack", "planarconfig": "contig", **WRITTEN["compressed tiles"]}
     path = save_image(tmp_path / "a.tif", levels(1000, 1000), **how)  # 10 MB
-    tracemalloc.start()
-    with scenes.open_scene(path, Bands(5)) as scene:
+    with little_memory(5_000_000), scenes.open_scene(path, Bands(5)) as scene:
         for first in range(0, 1000, 50):
             scene.rows(first, first + 50)
-    assert tracemalloc.get_traced_memory()[1] < 5_000_000
-    tracemalloc.stop()
     held = []
 
     def parts():
@@ -438,9 +425,6 @@ def test_few_rows_of_scenes_and_maps_are_held(tmp_path):
     maps.write_map(tmp_path / "map.tif", parts(), 4000, 300, None)
     tracemalloc.stop()
     assert held[-1] < held[10] + 100_000
-
-
-COLOURS = np.array([[0, 0, 0], [1, 0.5, 0], [0, 0, 1]])
 
 
 def test_a_map_of_classes_has_the_georeference_of_its_scene_a_mask_a_palette_and_probabilities_bands(tmp_path):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from tests.image_files import bytes_of, png_of, save_image
+from tests.image_files import bytes_of, oriented, png_of, save_image
 from toolkit import InputError
 from toolkit.images import data, masks, sources
 from toolkit.images.bands import Bands
@@ -199,13 +199,11 @@ def test_masks_of_0_and_255_and_of_one_class(tmp_path):
 
 
 def test_an_image_that_its_exif_data_turn_lies_under_its_mask(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # stored on its side
     for i in range(4):
         levels = np.kron(np.random.RandomState(i).randint(0, 2, (4, 6)), np.ones((16, 16), int)).astype(np.uint8)
         save_image(tmp_path / f"masks/{i}.png", levels)
         on_its_side = Image.fromarray(255 * levels).convert("RGB").transpose(Image.Transpose.ROTATE_90)
-        save_image(tmp_path / f"images/{i}.jpg", on_its_side, exif=exif, quality=95)
+        save_image(tmp_path / f"images/{i}.jpg", on_its_side, exif=oriented(6), quality=95)
     images = load_pairs(tmp_path).train
     for augmentation in ("none", "crop"):
         crop, whole = pair_transforms(32, augmentation, mean=(0,) * 3, std=(1,) * 3)

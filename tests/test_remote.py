@@ -10,7 +10,6 @@ import os
 import shutil
 import struct
 import time
-import tracemalloc
 import zlib
 from functools import partial
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler
@@ -25,7 +24,7 @@ from PIL import Image
 import deploy_lora
 import finetune_lora
 from moco import pretrain
-from tests.image_files import bytes_of, png_of, tar_of
+from tests.image_files import bytes_of, geotags, labelled_tar, little_memory, png_of, tar_of, write
 from tests.servers import serving
 from toolkit import InputError
 from toolkit.images import bands, folders, lists, remote, scenes, shards
@@ -65,16 +64,11 @@ def here(images, pairs, tmp_path_factory) -> Path:
     shutil.copytree(pairs, folder / "pairs")
     masks = [f"train/images/{i}.png,train/masks/{i}.png" for i in range(8)]
     (folder / "pairs/list.csv").write_text("\n".join(masks))
-    rows = ["path,label"]
-    archives = ({}, {})
-    for number, path in enumerate(sorted((folder / "photos/train").rglob("*.png"))):
-        rows.append(f"{path.relative_to(folder)},{path.parent.name}")
-        sample = {f"{number}.png": path.read_bytes(), f"{number}.cls": path.parent.name.encode()}
-        archives[number % 2].update(sample)
-    (folder / "list.csv").write_text("\n".join(rows))
-    (folder / "shards").mkdir()
-    for name, files in zip("ab", archives, strict=True):
-        (folder / "shards" / f"{name}.tar").write_bytes(tar_of(files))
+    paths = sorted((folder / "photos/train").rglob("*.png"))
+    rows = [f"{path.relative_to(folder)},{path.parent.name}" for path in paths]
+    (folder / "list.csv").write_text("\n".join(["path,label", *rows]))
+    write(folder / "shards/a.tar", labelled_tar(paths[::2]))
+    write(folder / "shards/b.tar", labelled_tar(paths[1::2]))
     return folder
 
 
@@ -125,8 +119,7 @@ def test_masks_are_read_too(place, here, listed):
 @pytest.mark.parametrize("compression", [None, "deflate"])
 def test_a_scene_is_mapped_as_one_of_this_machine(place, here, adapter_for_images, tmp_path, compression):
     levels = np.random.RandomState(0).randint(0, 255, (40, 64, 3), dtype=np.uint8)
-    tags = [(33550, "d", 3, (10.0, 10.0, 0.0), True)]
-    tifffile.imwrite(here / "scene.tif", levels, photometric="rgb", compression=compression, extratags=tags)
+    tifffile.imwrite(here / "scene.tif", levels, photometric="rgb", compression=compression, extratags=geotags())
     if place.startswith("memory"):
         fsspec.filesystem("memory").put(str(here / "scene.tif"), "/place/scene.tif")
     for folder, name in ((place, "map"), (here, "alone")):
@@ -257,17 +250,6 @@ def tiff_of(side: int, strip: bytes, compression: int = 8) -> bytes:
     tags = sizes | {259: compression, 262: 1, 273: where if strip else 0}
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(tags.items()))
     return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + strip
-
-
-@contextlib.contextmanager
-def little_memory(most: int = 2 * 10**7):
-    """What is allocated within the block stays below `most` bytes."""
-    tracemalloc.start()
-    try:
-        yield
-        assert tracemalloc.get_traced_memory()[1] < most
-    finally:
-        tracemalloc.stop()
 
 
 def test_what_a_file_says_to_be_is_checked_before_it_is_decoded(tmp_path):

@@ -16,7 +16,7 @@ import yaml
 
 import deploy_lora
 import finetune_lora
-from tests.image_files import touch
+from tests.image_files import touch, write
 from tests.run_folders import column, names_in, rows_of
 from toolkit import InputError, distributed
 from toolkit.answers import probe
@@ -177,8 +177,7 @@ class Runs:
         args, _ = finetune_lora.read_options(command)
         assert args.config == self.folder / ".folds.yaml" and args.device == "cpu"
         self.parts.append(args.folds + " r" * (args.resume is not None))
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        (args.output_dir / "last.pth").write_bytes(b"\0lora_rank")  # as torch writes it
+        write(args.output_dir / "last.pth", b"\0lora_rank")  # as torch writes it
         (args.output_dir / "results.json").unlink(missing_ok=True)
         if args.folds == self.stops_at:
             raise self.stop
@@ -222,8 +221,7 @@ def test_a_stopped_cross_validation_goes_on_with_its_settings_alone(runs, tmp_pa
 
 
 def test_a_part_that_collapses_counts_and_a_new_cross_validation_moves_what_was_there_aside(runs, tmp_path, capsys):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/lora.pth").write_bytes(b"\0lora_rank")
+    write(tmp_path / "out/lora.pth", b"\0lora_rank")
     runs.collapses_at = "2/3"
     assert len(runs.validate()["folds"]) == 3 and runs.parts == ["1/3", "2/3", "3/3"]
     printed = capsys.readouterr().out
@@ -242,9 +240,8 @@ def test_a_part_that_collapses_counts_and_a_new_cross_validation_moves_what_was_
 def test_the_parts_read_the_settings_wherever_they_were(place, runs, tmp_path):
     """Those of an earlier run are moved aside with it."""
     config = tmp_path / place
-    config.parent.mkdir(parents=True, exist_ok=True)
     text = "finetune: {epochs: 3}\nsettled: null\n"
-    config.write_text(text)
+    write(config, text)
     (config.parent / "last.pth").touch()
     runs.validate(f"--config {config} --lora-rank 2")
     assert len(runs.parts) == 3

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from benchmarks import loading
-from tests.image_files import save_image
+from tests.image_files import oriented, save_image
 from toolkit import InputError, choices
 from toolkit.images import data, folders, transforms
 from toolkit.images.bands import open_image
@@ -57,8 +57,7 @@ def test_a_transform_takes_what_image_open_returns_and_shows_it_upright(tmp_path
     Image.open alone does not give its pixels as evaluation sees them."""
     levels = np.random.RandomState(0).randint(0, 256, (40, 30, 4)).astype(np.uint8)
     rgb = Image.fromarray(levels[..., :3])
-    exif = Image.Exif()
-    exif[274] = 6  # lies on its side
+    exif = oriented(6)
     for name, image, options in (
         ("plain.png", rgb, {}),
         ("rotated.jpg", rgb, {"exif": exif}),
@@ -136,10 +135,8 @@ def photograph(path, size=(1210, 900), **options) -> None:
     [("eval", 1.0, "MPO", 1), ("eval", 1.0, "JPEG", 3), ("crop", 2.5, "JPEG", 6), ("moco_v2", 2.5, "MPO", 6)],
 )
 def test_a_jpeg_decoded_at_a_reduced_size_is_nearly_the_same(tmp_path, spy, name, levels, format, orientation):
-    exif = Image.Exif()
-    exif[274] = orientation
     pictures = {"save_all": True, "append_images": [Image.new("RGB", (9, 9))]} if format == "MPO" else {}
-    photograph(tmp_path / "large.jpg", exif=exif, format=format, **pictures)
+    photograph(tmp_path / "large.jpg", exif=oriented(orientation), format=format, **pictures)
     assert Image.open(tmp_path / "large.jpg").format == format
     whole = transforms.to_rgb(Image.open(tmp_path / "large.jpg"))
     load = spy(transforms, "to_rgb")
@@ -157,9 +154,7 @@ def test_evaluation_decodes_twice_as_many_pixels_as_it_shows(tmp_path, spy):
     """But all pixels where an image is turned whose last block is not whole."""
     load = spy(transforms, "to_rgb")
     for size, turn, shrunk in (((256, 256), 1, (128, 128)), ((257, 256), 3, (257, 256)), ((256, 257), 3, (256, 257))):
-        exif = Image.Exif()
-        exif[274] = turn
-        photograph(tmp_path / "large.jpg", size, exif=exif)
+        photograph(tmp_path / "large.jpg", size, exif=oriented(turn))
         transforms.eval_transform(64)(Image.open(tmp_path / "large.jpg"))
         [image], _ = load.call_args
         assert image.size == shrunk
