@@ -11,6 +11,10 @@ from tests.image_files import touch
 from toolkit import InputError
 from toolkit.images import lists
 
+NAN = math.nan
+LABELS = "labels"
+NUMBERS = "numbers"
+
 
 @pytest.fixture
 def listed(tmp_path):
@@ -42,11 +46,6 @@ def test_lists(listed):
     ):
         assert listed(text).labels() == expected
         assert listed(text).has_labels()
-
-
-NAN = math.nan
-LABELS = "labels"
-NUMBERS = "numbers"
 
 
 def test_lists_of_several_labels_and_of_numbers(listed):
@@ -142,10 +141,17 @@ def test_lists_that_cannot_be_used(tmp_path, listed):
 
 
 def test_another_list_than_the_runs_may_have_images_in_the_runs_folder_and_lack_a_label(tmp_path, listed, capsys):
-    told = f"{tmp_path}/list.csv: no IM0001 is beside it: its images are in the run's {tmp_path}/disc\n"
-    for name, expected in {"IM0001": (tmp_path / "disc", told), "a.png": (tmp_path, "")}.items():
+    disc = f"{tmp_path}/disc"
+    touch(tmp_path, "disc/a.png")
+    told = f"{tmp_path}/list.csv: no IM0001 is beside it: its images are in the run's {disc}\n"
+    for name, data_dir, expected in (
+        ("IM0001", disc, (tmp_path / "disc", told)),
+        ("a.png", disc, (tmp_path, "")),  # which both folders have
+        ("gone.png", disc, (tmp_path, "")),
+        ("IM0001", f"file://{disc}", (tmp_path, "")),  # a stranger may have named an address
+    ):
         path = listed(f"path,label\n{name},cat\n").path
-        found = lists.ImageList.as_in_run(path, {"data_dir": str(tmp_path / "disc")})
+        found = lists.ImageList.as_in_run(path, {"data_dir": data_dir})
         assert (found.folder, capsys.readouterr().out) == expected
     # A label that has no column in it is unknown, though the run was told which columns are labels of its own list.
     path = listed("path,Sex,Edema\na.png,F,1\n").path

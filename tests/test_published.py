@@ -16,7 +16,6 @@ import torch
 
 import deploy_lora
 import finetune_lora
-from lora.adapter_file import find_base
 from moco import pretrain
 from tests.servers import serving
 from toolkit import InputError
@@ -165,9 +164,3 @@ def test_the_names_of_torchgeos_files_end_in_their_digests():
     for name, (url, digest) in published.PUBLISHED.items():
         assert url.startswith("https://") and re.fullmatch("[0-9a-f]{8}|", digest), name
         assert "torchgeo" not in url or url.endswith(f"-{digest}.pth"), name
-
-
-def test_whose_base_is_not_there_is_told_the_name_of_a_published_one():
-    base = "/of/another/machine/moco_v2_800ep_pretrain.pth.tar"
-    with pytest.raises(InputError, match="is not there; give moco-v2-800ep as the checkpoint"):
-        find_base("lora.pth", {"checkpoint": base})
