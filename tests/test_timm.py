@@ -19,7 +19,7 @@ from finetune_lora import add_lora_to_model, count_parameters, freeze_backbone_p
 from lora.fusion import set_gradient_checkpointing
 from lora_utils import LoRAManager, base_digests, read_adapter_file, unused_adapters
 from tests.checkpoint_files import under
-from tests.test_heat_maps import enlarged
+from tests.test_heat_maps import written_out
 from toolkit import InputError
 from toolkit.answers.heat_maps import grad_cam
 from toolkit.answers.probe import fit_linear_probe, set_head
@@ -216,19 +216,10 @@ def test_a_dino_is_adapted_and_explained(dino):
     assert unused_adapters(model) == []
 
     twin = dense.dense_twin(stock, model)
-    kept = []
-    blocks = twin.stages if name == "convnext_tiny" else twin.blocks
-    blocks[-1].register_forward_hook(lambda _, inputs, output: kept.extend([inputs[0], output]))
-    answers = twin(x)
-    tokens, maps = kept
-    features = maps if maps.dim() == 4 else tokens
-    [gradient] = torch.autograd.grad(answers.amax(1).sum(), features)
-    if features.dim() == 3:  # behind class and register tokens, a row of patches after the other
-        patches = slice(twin.num_prefix_tokens, None)
-        features, gradient = (t[:, patches].transpose(1, 2).unflatten(2, (4, 4)) for t in (features, gradient))
-    heat = (features * gradient.mean((2, 3), keepdim=True)).sum(1).relu()
+    [*_, last] = twin.stages if name == "convnext_tiny" else twin.blocks
+    heat, _ = written_out(twin, x, last, getattr(twin, "num_prefix_tokens", 0))
     found, _ = grad_cam(model, x)
-    assert_close(found, enlarged(heat, x.shape[-1]), FP32)
+    assert_close(found, heat, FP32)
 
 
 @pytest.mark.slow
