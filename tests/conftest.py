@@ -183,8 +183,6 @@ def narrow(small_backbones) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def saved(tmp_path):
-    """Saves a content as a file, returns its path."""
-
     def save(content, name="checkpoint.pth", **options):
         torch.save(content, tmp_path / name, **options)
         return tmp_path / name

@@ -161,7 +161,6 @@ def assert_unchanged(before: dict[str, Tensor], model: nn.Module, names=None) ->
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What trains, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 

@@ -13,17 +13,19 @@ import finetune_lora
 from lora_utils import read_adapter_file
 from toolkit import devices
 from toolkit.answers import probe, segmentation
-from toolkit.run import guard, loaders, runs
+from toolkit.run import guard, loaders, runs, search
 from toolkit.run.training import MicroBatches
 
 # A run looks at each of the 21 training images once after an epoch, tries three strengths of nine for its probe, draws
-# fewer pixels, has no more steps than the images fill, not twelve, and does not measure whether bf16 is faster here. Of
-# a run that failed no loading process is waited for: Python's collector would give each five seconds.
+# fewer pixels, has no more steps than the images fill, not twelve, searches among two rates, and does not measure
+# whether bf16 is faster here. Of a run that failed no loading process is waited for: Python's collector would give each
+# five seconds.
 SHORTER = (
     (guard, "WATCHED_VIEWS", 21),
     (probe, "STRENGTHS", probe.STRENGTHS[::3]),
     (segmentation, "PROBE_ROWS", 1000),
     (loaders, "LEAST_STEPS", 1),
+    (search, "RATES", (1e-4, 1e-3)),
     (devices, "faster_dtype", lambda *_, **__: torch.float32),
     (torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1),
 )

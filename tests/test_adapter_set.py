@@ -11,15 +11,17 @@ import dense
 import pytest
 import torch
 from dense import FP32, assert_close, classes, frozen, known, loss_and_gradients, resnet, snapshot, vit
-from torch import Tensor, nn
+from torch import nn
 from torchvision.models import VisionTransformer
 
 from finetune_lora import add_lora_to_model, count_parameters, freeze_backbone_params
 from lora.followed_norms import follow_statistics, followers
 from lora_utils import LoRAManager, base_digests, read_adapter_file, trained_state
+from tests.run_folders import assert_identical
 from toolkit import InputError
 from toolkit.models.backbones import record_of
 
+X = dense.images(16, 3, generator=torch.Generator().manual_seed(0))
 # Adapters over one base that differ in all that may differ: name -> options, number of classes.
 OPTIONS = {
     "pets": ({"r": 2}, 5),
@@ -42,9 +44,6 @@ def trained(arch: str, name: str, four_bits: bool = False) -> nn.Module:
         if name != "head":
             follow_statistics(model, [X])
         return model
-
-
-X = dense.images(16, 3, generator=torch.Generator().manual_seed(0))
 
 
 def saved(model: nn.Module, name: str, folder: Path) -> Path:
@@ -88,7 +87,7 @@ def manager(alone, originals):
 
 def assert_same(model: nn.Module, expected: nn.Module) -> None:
     """Bit for bit: keys, numbers, outputs and gradients in both modes, what trains, classes of all modules."""
-    assert_equal(model.state_dict(), expected.state_dict())
+    assert_identical(model.state_dict(), expected.state_dict())
     assert classes(model) == classes(expected)
     assert count_parameters(model) == count_parameters(expected)
     assert base_digests(model) == base_digests(expected)
@@ -96,12 +95,7 @@ def assert_same(model: nn.Module, expected: nn.Module) -> None:
     for mode in (True, False):
         with torch.no_grad():
             assert torch.equal(model.train(mode)(X), expected.train(mode)(X))
-        assert_equal(*(loss_and_gradients(network, X)[1] for network in (model, expected)))
-
-
-def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    assert ours.keys() == theirs.keys()
-    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+        assert_identical(*(loss_and_gradients(network, X)[1] for network in (model, expected)))
 
 
 def test_each_adapter_computes_what_it_computes_alone_and_switching_copies_no_weight(manager, alone, arch):
@@ -140,7 +134,7 @@ def test_merging_acts_on_the_one_in_use_and_holds_it(manager, alone, arch, tmp_p
             with manager.disable_lora(), torch.set_grad_enabled(enabled):
                 assert_close(manager.model(X), stock(X), FP32)
     LoRAManager(alone["cars"]).merge_lora_weights()
-    assert_equal(manager.model.state_dict(), alone["cars"].state_dict())
+    assert_identical(manager.model.state_dict(), alone["cars"].state_dict())
     load = functools.partial(manager.load_lora_checkpoint, tmp_path / "pets.pth")
     for switch, name in ((manager.use, "pets"), (manager.remove, "pets"), (load, "more")):
         with pytest.raises(InputError, match=r"merged: call unmerge_lora_weights\(\) first"):
@@ -255,12 +249,12 @@ def test_files_of_every_kind_share_a_float_base(arch, tmp_path):
     packed = {}
     for name in (*alone, *reversed(alone)):
         manager.use(name)
-        assert_equal(manager.model.state_dict(), alone[name].state_dict())
+        assert_identical(manager.model.state_dict(), alone[name].state_dict())
         assert_close(manager.model.eval()(X), alone[name].eval()(X), FP32, name)  # what trains is unfused
         packed[name] = bytes_in_use(manager.model)
     assert packed["food"] and packed["food"] < packed["pets"] and not packed["cars"]
     manager.use(None)
-    assert_equal(manager.model.state_dict(), before)
+    dense.assert_unchanged(before, manager.model)
 
 
 def test_a_base_that_trained_with_its_adapter_is_not_shared_and_its_file_is_not_read_into_fewer_bits(arch, tmp_path):

@@ -21,6 +21,8 @@ from tests.run_folders import column
 from toolkit import InputError
 from toolkit.run import optim
 
+BOOK = Path(tables.__file__).parent / "RESULTS.md"
+
 
 def test_what_others_wrote_is_neither_replaced_nor_taken_for_what_is_asked(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
@@ -165,9 +167,6 @@ def test_steps_are_predicted_and_have_no_more_kernels_than_peft_s(tmp_path, smal
     peft, lora = (result["variants"][name] for name in ("peft", "lora"))
     assert 0 < lora["kernels"] <= peft["kernels"]
     assert lora["peak_bytes"] < 0.6 * peft["peak_bytes"] and 0 < lora["flops"] < 1.05 * peft["flops"]
-
-
-BOOK = Path(tables.__file__).parent / "RESULTS.md"
 
 
 def test_pages_have_the_figures_of_the_runs(monkeypatch):

@@ -18,7 +18,6 @@ from tests.run_folders import tensors
 from toolkit import InputError
 from toolkit.answers import evaluation, tasks
 from toolkit.images import cache, data, transforms
-from toolkit.run import search
 
 
 @pytest.fixture(autouse=True)
@@ -120,9 +119,8 @@ def test_cached_views_are_of_what_augmentation_makes_of_the_images(start):
     assert (distances[1:].amin(0) < 1e-5).all() and (distances[1:].amax(1) > 1e-3).all()  # all, and nothing else
 
 
-def test_the_trials_of_a_search_train_on_cached_features(finetune, monkeypatch, spy):
+def test_the_trials_of_a_search_train_on_cached_features(finetune, spy):
     """Of each trial's parts of the training images, and for the run of both splits."""
     embed = spy(VisionTransformer, "_process_input")
-    monkeypatch.setattr(search, "RATES", (1e-4, 1e-3))
     finetune("--adapt-last 1 --cache-features disk --learning-rate auto --epochs 1")
     assert sum(len(images) for (_, images), _ in embed.call_args_list) == 21 + 21 + 21 + 15

@@ -160,6 +160,8 @@ VITS = {
     "another Lightning module": (Layout("lightning", "model.", around=LIGHTNING), 12, 12),
 }
 GUESSED = ("moco_v3", "deit", "lightning")
+DEIT = Layout("deit", place="model")
+COMPUTED = [(MOCO_V3, "vit_small", 12), (MOCO_V3, "vit_conv_small", 6), (DEIT, "vit_small", 6)]
 
 
 @pytest.mark.parametrize("case", VITS)
@@ -188,10 +190,6 @@ def conv_stem():
     for narrow, wide in itertools.pairwise((3, 48, 96, 192, 384)):
         layers += [nn.Conv2d(narrow, wide, 3, 2, 1, bias=False), nn.BatchNorm2d(wide), nn.ReLU()]
     return nn.Sequential(*layers, nn.Conv2d(384, 384, 1))
-
-
-DEIT = Layout("deit", place="model")
-COMPUTED = [(MOCO_V3, "vit_small", 12), (MOCO_V3, "vit_conv_small", 6), (DEIT, "vit_small", 6)]
 
 
 @pytest.mark.parametrize("layout, arch, heads", [*COMPUTED, (RESNETS["MoCo's linear probe"], "vit_conv_small", 12)])

@@ -11,19 +11,20 @@ import pytest
 import torch
 from torch import nn
 
-from finetune_lora import FineTuning, load_finetuned, train
+import deploy_lora
+from finetune_lora import FineTuning, train
 from lora_utils import read_adapter_file, trained_state
 from tests.run_folders import assert_identical, assert_same_tensors, column, metrics, train_on, writes_nothing
 from toolkit.answers import evaluation, measures, probe, tasks
-from toolkit.answers.evaluation import Evaluation, all_outputs, evaluate
+from toolkit.answers.evaluation import Evaluation, all_outputs
 from toolkit.answers.tasks import Classification, Regression, Segmentation
-from toolkit.images.data import LabelledImages, Transformed, build_loader
-from toolkit.images.sources import load_splits
+from toolkit.images.data import LabelledImages, Transformed
 from toolkit.run import guard, loaders
 from toolkit.run.guard import Collapsed, GoBack, Guard, Keep
 
 COLLAPSED = GoBack("training collapsed")
 NO_GAIN = GoBack("training gains nothing")
+OF_LABELS = "--task multilabel --data-dir {0} --data-list {0}/labels.csv --group-by Patient"  # of the hospital
 
 
 def test_the_last_adapter_is_kept_whatever_the_evaluation_images_say(finetune, monkeypatch, capsys):
@@ -158,10 +159,7 @@ def test_small_images_are_answered_in_larger_batches_unless_norms_depend_on_them
         assert [loader.persistent_workers for loader in opened] == [True, True, False, False]  # of a single pass
 
 
-@pytest.mark.parametrize(
-    "options",
-    ["", "--task multilabel --data-dir {0} --data-list {0}/labels.csv --group-by Patient"],
-)
+@pytest.mark.parametrize("options", ["", OF_LABELS])
 def test_an_epoch_is_judged_at_a_believable_temperature_that_training_does_not_see(start, hospital, options):
     run = start(options.format(hospital))
     run.start()
@@ -188,11 +186,9 @@ def test_the_last_epochs_answers_are_the_results_unless_another_epoch_may_be_kep
 
 
 def assert_figures_of_file(results: dict, images: Path) -> None:
-    model, info = load_finetuned(results["folder"] / "lora.pth")
-    loader = build_loader(Transformed(load_splits("imagefolder", images).val, info["transform"]), 32)
-    found = evaluate(model, loader, torch.device("cpu"))
-    assert found.accuracy == results["val_accuracy"]
-    assert found.loss == pytest.approx(results["val_loss"], rel=1e-2 if results["precision"] == "bfloat16" else 1e-4)
+    found = deploy_lora.main(f"evaluate {results['folder']}/lora.pth {images} --device cpu".split())
+    assert found["accuracy"] == results["val_accuracy"]
+    assert found["loss"] == pytest.approx(results["val_loss"], rel=1e-2 if results["precision"] == "bfloat16" else 1e-4)
 
 
 @pytest.mark.parametrize(("most", "started", "loaded"), [(21, 8 * 21, 0), (9, 21, 8 * 9)])
@@ -241,9 +237,7 @@ def test_views_alone_calibrate_where_the_probe_says_nothing_of_overlaid_images(s
     assert run.task.temperature == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    "options", ["--head-init random", "--task multilabel --data-dir {0} --data-list {0}/labels.csv --group-by Patient"]
-)
+@pytest.mark.parametrize("options", ["--head-init random", OF_LABELS])
 def test_only_a_probe_of_classes_is_asked_about_overlaid_images(start, hospital, options):
     run = start(options.format(hospital))
     run.start()

@@ -28,7 +28,6 @@ def truncated_weight(name: str, before: Tensor, after: Tensor, r: int) -> Tensor
 
 
 def of_base(base: Path) -> nn.Module:
-    torch.manual_seed(0)
     return load_backbone(base, 3, image_size=16)[0]
 
 

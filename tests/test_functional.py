@@ -18,8 +18,6 @@ from lora.nf4 import NF4Weight, bitsandbytes_functional
 
 SCALING = 1.7
 random = torch.randn
-
-
 OF_ROWS = [nn.GELU(), nn.GELU("tanh"), nn.LayerNorm(64), nn.LayerNorm(64, eps=0.1, elementwise_affine=False)]
 
 

@@ -17,7 +17,7 @@ from tests import cuda_on_cpu, dense
 from tests.run_folders import metrics, stop, tensors
 from toolkit import devices
 from toolkit.models.norms import constants_kept
-from toolkit.run import guard, optim, runs, search
+from toolkit.run import guard, optim, runs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, or tests/test_cuda_on_cpu.py")
 
@@ -84,7 +84,6 @@ def test_a_run_has_the_figures_of_one_on_a_cpu_and_steps_of_as_many_kernels(
     finetune, hospital, pairs, narrow, saved, tmp_path, monkeypatch, check_a_step, name
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(search, "RATES", (1e-4, 1e-3))
     kernels, told = RUNS[name]
     told = "--precision fp32 " + told.format(hospital=hospital, pairs=pairs, resnet=saved(narrow))
     told += " --batch-size 4 --epochs 1 --workers 0 --device"

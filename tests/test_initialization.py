@@ -12,6 +12,7 @@ from finetune_lora import LoRALinear, add_lora_to_model
 from lora.initialization import adapter_lr_factor, adapter_pairs, start_at_gradient
 
 R = 4
+X = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
 class Layers(nn.Module):
@@ -33,9 +34,6 @@ class Layers(nn.Module):
 
 def adapted(stock: nn.Module, **options) -> nn.Module:
     return frozen(copy.deepcopy(stock), std=0.0, r=R, **options).eval()
-
-
-X = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
 def backward(model: nn.Module, dtype: torch.dtype = torch.float32):

@@ -22,13 +22,12 @@ from toolkit import InputError
 from toolkit.models.backbones import block_names, record_of
 
 BLOCK = "encoder.layers.encoder_layer_0.self_attention"
+STORAGE = {"float": {}, "4 bits": FEWER_BITS[4], "bfloat16": FEWER_BITS[16]}
+in_float_and_4_bits = pytest.mark.parametrize("four_bits", [False, True], ids=["float", "4 bits"])
 
 
 def adapted_names(model: nn.Module) -> set[str]:
     return {name for name, module in model.named_modules() if any(dense.adapters(module))}
-
-
-in_float_and_4_bits = pytest.mark.parametrize("four_bits", [False, True], ids=["float", "4 bits"])
 
 
 @pytest.mark.parametrize("build, kept", [(resnet, {"fc"}), (vit, {"conv_proj", "heads.head"})])
@@ -190,9 +189,6 @@ def test_each_layer_may_have_settings_of_its_own(four_bits):
     del settings[f"{BLOCK}.out_proj"]  # then it follows its attention
     adapt_layers(model, settings, four_bits)
     assert model.get_submodule(f"{BLOCK}.out_proj").r == 3
-
-
-STORAGE = {"float": {}, "4 bits": FEWER_BITS[4], "bfloat16": FEWER_BITS[16]}
 
 
 @pytest.mark.parametrize("storage", STORAGE)

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("toolkit.models", "toolkit.images", "toolkit.answers", "toolkit.run")
 FLOORS = ("moco_lora", "toolkit", *ROOMS, "lora", "lora_utils", "finetune_lora")
 TOP_FLOOR = len(FLOORS)
+HELP = {"finetune": "--data-dir", "deploy": "predict", "pretrain": "--moco-version"}
 
 SOURCES = {}  # each module of the project by its dotted name; a package by its own name
 for path in (*ROOT.glob("*.py"), *ROOT.glob("toolkit/**/*.py"), *ROOT.glob("lora/*.py"), *ROOT.glob("moco/*.py")):
@@ -155,9 +156,6 @@ def test_a_package_of_the_users_in_the_way_is_named(tmp_path):
         done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True, cwd=tmp_path)
         told = f"ImportError: {users / package} is in the way of {ROOT / package}, which the toolkit imports: rename it"
         assert told in done.stderr.splitlines()[-1]
-
-
-HELP = {"finetune": "--data-dir", "deploy": "predict", "pretrain": "--moco-version"}
 
 
 @pytest.mark.parametrize("name", HELP)

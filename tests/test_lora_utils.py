@@ -26,6 +26,8 @@ from toolkit.models.norms import freeze_statistics
 FILES = Path(__file__).parent / "files"
 SUFFIXES = (".pth", ".safetensors")
 LAYER = "encoder.layers.encoder_layer_0.mlp.0"
+HEAD = "heads.head.bias"
+IMPOSSIBLE = f"damaged: {LAYER} is missing, of the wrong type or impossible"
 METADATA = {"class_names": ["a", "ß"], "nested": {"lr": 1e-4, "none": None}, "size": [3, 4], "7": "seven"}
 
 
@@ -224,10 +226,6 @@ def test_files_of_version_1_come_back_bit_for_bit(suffix, tmp_path):
     freeze_backbone_params(model)
     for i, (_, parameter) in enumerate(sorted(trained(model).items())):
         assert torch.equal(parameter, ramp(parameter.shape, 7 * i))
-
-
-HEAD = "heads.head.bias"
-IMPOSSIBLE = f"damaged: {LAYER} is missing, of the wrong type or impossible"
 
 
 def test_a_file_that_does_not_fit_or_is_damaged_is_refused(path):

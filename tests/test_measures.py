@@ -14,6 +14,8 @@ from sklearn import metrics
 
 from toolkit.answers import answer_reports, measures, multilabel, tasks
 
+RANKINGS = {"average_precision": metrics.average_precision_score, "auroc": metrics.roc_auc_score}
+
 
 def test_effective_rank_counts_directions():
     features = torch.randn(40, 6)
@@ -52,9 +54,6 @@ def scored_labels(seed: int, images: int = 60) -> tuple[torch.Tensor, torch.Tens
     positive = torch.from_numpy((random.rand(images) < 0.3).astype(float))
     scores = torch.from_numpy(random.randint(0, 8, images) / 16 + positive.numpy() / 8)
     return scores, positive, torch.from_numpy(random.randint(0, 4, images))
-
-
-RANKINGS = {"average_precision": metrics.average_precision_score, "auroc": metrics.roc_auc_score}
 
 
 @pytest.mark.parametrize("seed", range(3))

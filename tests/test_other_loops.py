@@ -25,7 +25,6 @@ in_both = pytest.mark.parametrize("build", [RESNET, vit], ids=["resnet", "vit"])
 in_both_modes = pytest.mark.parametrize("mode", ["none", "full"])
 stored = pytest.mark.parametrize("four_bits", [False, True], ids=["float", "4 bits"])
 
-
 IN_A_RESNET = {
     "a stem": {"conv1": nn.Conv2d(3, 16, 7, 2, 3, bias=False)},
     "an activation of the stem": {"relu": nn.ELU()},
@@ -222,8 +221,6 @@ def test_jit_refuses_adapters_and_traces_what_is_merged(build, side, four_bits):
 
 
 LAYERS = (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 8), nn.GELU(), nn.Linear(8, 4))
-
-
 WHOLE = [(vit, 16, False, False), (vit, 16, True, True), (partial(RESNET, Bottleneck), 32, False, False)]
 SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in [*WHOLE, (RESNET, 32, True, False)]]
 

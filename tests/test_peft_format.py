@@ -40,7 +40,6 @@ def bases(base, narrow, tmp_path_factory) -> dict[str, Path]:
 
 def saved(base: Path, folder: Path, others: dict[str, dict] | None = None, **options) -> Path:
     """An adapter file with these options of `add_lora_to_model`, and others of layers by a part of their names."""
-    torch.manual_seed(0)
     model, report = load_backbone(base, 3, image_size=16)
     nn.init.normal_(list(model.parameters())[-2], std=0.1)  # the head's weight
     add_lora_to_model(model, **options)

@@ -18,6 +18,9 @@ from toolkit.run.guard import Guard, Keep
 from toolkit.run.options import FineTuneOptions, read_options
 from toolkit.run.search import RATES, Trial, choose
 
+USUAL = 1e-4
+VARIANCE = Classification(["cat", "dog"]).variance
+
 
 def test_a_short_run_trains_at_a_lower_rate():
     """From 80 steps on it is the one that was typed; below it grows with the steps, and hardly with what was typed."""
@@ -57,10 +60,6 @@ def test_adapters_of_a_resnet_learn_twice_as_fast_from_a_head_as_soft(norms, sta
         assert run.temperature == pytest.approx(100 * run.rate * 24)
 
 
-USUAL = 1e-4
-VARIANCE = Classification(["cat", "dog"]).variance
-
-
 def test_of_rates_that_chance_may_have_ordered_the_nearest_to_the_usual_one_is_taken():
     accuracies = [0.5, 0.88, 0.85, 0.88, 0.9, 0.89, 0.0]
     trials = [Trial(rate, accuracy, 0.0) for rate, accuracy in zip(RATES, accuracies, strict=True)]
@@ -89,8 +88,9 @@ def test_where_no_trial_has_a_score_the_lowest_loss_chooses(capsys):
     assert choose(trials, partial(VARIANCE, images=100), USUAL) == RATES[0]
 
 
-def test_a_short_run_searches_among_the_rates_that_it_can_train_at():
+def test_a_short_run_searches_among_the_rates_that_it_can_train_at(monkeypatch):
     """Four steps lower all the others to nearly the same."""
+    monkeypatch.setattr(search, "RATES", RATES)
     peaks = [rate / optim.run_divisor(FineTuneOptions(), rate, steps=4) for rate in RATES]
     distinct = search.rates_that_differ(dict(zip(RATES, peaks, strict=True)).get)
     assert distinct == [1e-5, 3e-5, 1e-4]
@@ -103,7 +103,6 @@ def test_a_stopped_search_goes_on_and_its_run_is_that_of_what_it_finds(finetune,
         assert usual == USUAL and variance(0.5) == pytest.approx(0.25 / 4)  # of the four images that judge
         return max(trial.learning_rate for trial in trials)
 
-    monkeypatch.setattr(search, "RATES", (1e-4, 1e-3))
     monkeypatch.setattr(search, "choose", highest)
     common = "--epochs 1 --labels-per-class 4 --lora-dropout 0.2 --lr"
     save_once = mock.Mock(wraps=finetune_lora.save_atomically, side_effect=[mock.DEFAULT, KeyboardInterrupt])
@@ -134,7 +133,6 @@ def test_a_stopped_search_goes_on_and_its_run_is_that_of_what_it_finds(finetune,
 
 def test_trials_are_short_and_leave_no_file(finetune, spy, monkeypatch, capsys):
     """They train on fewer images. One that collapses has a score of 0."""
-    monkeypatch.setattr(search, "RATES", (1e-4, 1e-3))
     made = []
     train = finetune_lora.train
 

@@ -45,7 +45,6 @@ def commands_of(*starts: str) -> list[str]:
 
 
 def extras_of(block: str) -> list[str]:
-    """Packages that a block needs and a newcomer lacks."""
     return [package for package in EXTRAS if re.search(rf"^(import|from) {package}\b", block, re.MULTILINE)]
 
 

@@ -27,6 +27,7 @@ from toolkit.run import reports, verdict
 
 pytestmark = pytest.mark.usefixtures("pictures")
 TASK = Classification(["cat", "dog"])
+NAMES = ["cat", "eel", "a $dog$"]
 
 
 def evaluation(labels: list[int], predictions: list[int], confidences: list[float] | None = None) -> Evaluation:
@@ -169,9 +170,6 @@ def test_curves_have_ticks_at_whole_epochs(spy, tmp_path):
             assert len(axes.get_xticks()) > 0 and np.mod(axes.get_xticks(), 1).max() == 0
             assert axes.lines[0].get_marker() != "None"  # a line of one epoch would not be seen
     assert axes.yaxis.get_major_formatter()(0.425) == "42.5%"  # the rank was not measured
-
-
-NAMES = ["cat", "eel", "a $dog$"]
 
 
 @pytest.fixture

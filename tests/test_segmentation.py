@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import confusion_matrix, f1_score, jaccard_score
 
-from finetune_lora import add_lora_to_model, load_base, read_options
+from finetune_lora import add_lora_to_model, load_base
 from lora_utils import base_digests
 from tests.dense import resnet, vit
 from tests.image_files import save_image
@@ -156,14 +156,6 @@ def test_a_run_starts_as_the_probe_of_pixels(start, pairs, saved, narrow, monkey
     # The probe is of so many pixels in all: with some of each of ten thousand images it would take hours.
     monkeypatch.setattr(loaders, "PROBED_PAIRS", 5)
     assert len(run.loaders.probe_images) == 5
-
-
-def test_a_configuration_crops_masks_or_not_as_it_says(pairs, tmp_path):
-    """That of the shipped backbone, which nobody has named, is for digits."""
-    argv = f"--task segmentation --data-dir {pairs} --checkpoint shipped".split()
-    assert read_options(argv)[0].augmentation == "crop"
-    (tmp_path / "config.yaml").write_text("data: {augmentation: none}")
-    assert read_options([*argv, "--config", str(tmp_path / "config.yaml")])[0].augmentation == "none"
 
 
 def test_an_interpolated_position_embedding_is_the_base_under_masks_too(base):

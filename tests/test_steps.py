@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import default_collate
 
-from finetune_lora import FineTuning, LoRALayer, load_finetuned
+from finetune_lora import FineTuning, load_finetuned
 from lora import initialization
 from lora.initialization import adapter_pairs, start_at_gradient
-from lora_utils import read_adapter_file
 from tests.conftest import LEAST_STEPS
 from tests.dense import assert_unchanged, snapshot
 from tests.run_folders import stop, train_on
@@ -181,17 +180,6 @@ def test_a_head_starts_on_the_statistics_that_training_will_see(start, saved, na
     how = (CPU, torch.float32, trains.task.plain_loss)
     assert trains.guard.first_loss == worst_batch_loss(trains.network, trains.loaders.watched, *how)
     assert frozen.guard.first_loss is None  # the first step tells it
-
-
-def test_only_the_upper_blocks_are_adapted(start, tmp_path):
-    """Also in what the file says, from which the model is built anew, with what was in 4 bits below."""
-    run = start("--adapt-last 1 --use-qlora")
-    run.start()
-    run.save()
-    layers = read_adapter_file(tmp_path / "lora.pth")["layers"]
-    assert all((layer["r"] > 0) == ("encoder_layer_1." in name) for name, layer in layers.items())
-    model, _ = load_finetuned(tmp_path / "lora.pth")
-    assert {name for name, m in model.named_modules() if isinstance(m, LoRALayer)} == set(layers)
 
 
 def test_a_run_begins_as_the_linear_probe_that_it_saves(finetune, images, monkeypatch, tmp_path):
