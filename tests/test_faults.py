@@ -123,6 +123,15 @@ def test_a_folder_in_which_a_run_is_going_on_is_left_alone(start):
     assert not list(first.folder.glob(".*"))
 
 
+def test_what_comes_into_a_run_s_folder_while_it_trains_stays(finetune, tmp_path):
+    """A page of the user's; the run's own, which a later epoch writes again, is replaced."""
+    page = tmp_path / "out/report.html"
+    with pytest.raises(InputError, match=r"report\.html came there meanwhile and stays: the result is in .*html-1$"):
+        finetune("--epochs 2", after_epoch=lambda run: page.write_text("mine"))
+    assert page.read_text() == "mine" and "<h1>" in page.with_name("report.html-1").read_text()
+    assert len(outcome(page.parent)["metrics"]) == 2 and len(list(page.parent.glob("*-1"))) == 1
+
+
 @contextlib.contextmanager
 def file_system(folder: Path, size: str):
     """A file system of its own at `folder`, of so many bytes."""

@@ -24,11 +24,12 @@ VARIANCE = Classification(["cat", "dog"]).variance
 
 def test_a_short_run_trains_at_a_lower_rate():
     """From 80 steps on it is the one that was typed; below it grows with the steps, and hardly with what was typed."""
-    assert optim.rate_divisor(1e-2, 80) == optim.rate_divisor(1e-4, 1000) == 1
-    assert optim.rate_divisor(1e-4, 20) == 32 and optim.rate_divisor(1e-4, 5) == 1024
-    rates = [rate / optim.rate_divisor(rate, 5) for rate in (1e-4, 1e-3, 1e-2)]
+    divisor = partial(optim.run_divisor, FineTuneOptions())
+    assert divisor(1e-2, 80) == divisor(1e-4, 1000) == 1
+    assert divisor(1e-4, 20) == 32 and divisor(1e-4, 5) == 1024
+    rates = [rate / divisor(rate, 5) for rate in (1e-4, 1e-3, 1e-2)]
     assert rates == pytest.approx([9.77e-8, 9.77e-8, 9.77e-8], rel=1e-2)
-    steps = [1e-2 / optim.rate_divisor(1e-2, steps) for steps in (10, 40, 70, 78)]
+    steps = [1e-2 / divisor(1e-2, steps) for steps in (10, 40, 70, 78)]
     assert steps == sorted(steps) and steps[-1] == pytest.approx(1.54e-3, rel=1e-2)
     for epochs, an_epoch, in_all, steps in ((1, 50, 500, 50), (1, 1, 10, 5), (1, 3, 300, 20), (1, 50, 50, 25)):
         assert optim.warmup_steps(epochs, an_epoch, in_all) == steps
@@ -45,7 +46,7 @@ def test_the_way_to_a_rate_as_it_is_typed_goes_with_the_other_options(start, mon
     """Without adapters there is nothing that --lora-init could start: it is refused."""
     monkeypatch.setattr(optim, "STEPS_TO_TRAIN", 80)
     run = start(f"{options} --epochs 5")
-    assert run.rate == pytest.approx(1e-2 / optim.rate_divisor(1e-2, 5 * run.steps_per_epoch))
+    assert run.rate == pytest.approx(1e-2 / optim.run_divisor(FineTuneOptions(), 1e-2, 5 * run.steps_per_epoch))
     told = reports.describe_rates(run)
     assert f"so few steps cannot correct what a high rate does (with {remedy} it stays as typed)" in told
     assert start(f"{options} {remedy}").rate == 1e-2

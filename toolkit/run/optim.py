@@ -83,19 +83,15 @@ LEAST_WARMUP_STEPS = 20
 MOST_WITH_MASKS = 3e-3  # of adapters that begin at the gradient: at 24 times what a head of pixels wants they collapse
 
 
-def rate_divisor(rate: float, steps: int) -> float:
-    """The divisor of the learning rate of adapters that begin at the gradient: above 1 if the run has few steps."""
+def run_divisor(args: FineTuneOptions, rate: float, steps: int) -> float:
+    """The divisor of a run's learning rate: above 1 for adapters that begin at the gradient, if it has few steps."""
+    # Full fine-tuning and adapters of a random start train at what is typed. So do adapters with masks: an image has
+    # thousands of labels, and steps that harm leave nothing to keep.
+    if not args.freeze_backbone or "random" in (args.head_init, args.lora_init) or choices.TRUTHS[args.task] == "mask":
+        return 1.0
     # Adam's first steps harm what the probe knows, later ones mend that. The power is measured: benchmarks/RESULTS.md.
     share = min(1.0, (steps / STEPS_TO_TRAIN) ** 2.5)
     return max(1.0, rate * (1 - share) / SAFE_RATE) / share
-
-
-def run_divisor(args: FineTuneOptions, rate: float, steps: int) -> float:
-    """The divisor of a run's learning rate. Full fine-tuning and adapters of a random start train at what is typed."""
-    # So do adapters with masks: an image has thousands of labels, and steps that harm leave nothing to keep.
-    if not args.freeze_backbone or "random" in (args.head_init, args.lora_init) or choices.TRUTHS[args.task] == "mask":
-        return 1.0
-    return rate_divisor(rate, steps)
 
 
 def warmup_steps(epochs: float, steps_per_epoch: int, total_steps: int) -> int:

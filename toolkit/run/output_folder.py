@@ -65,8 +65,16 @@ def held(folder: Path, files: Iterable[str] = (), resumed: Path | None = None) -
     """Lock the folder, or raise InputError in every process; yield its `begin_folder`, to be called before writing."""
     from toolkit import distributed  # here: it loads PyTorch
 
+    own = set(map(folder.joinpath, files)) if resumed else set()
+
+    def may_replace(path: Path) -> bool:
+        if path.parent != folder or not os.path.lexists(path):  # what is there at the run's next writing is its own
+            own.add(path)
+        return path in own
+
     with contextlib.ExitStack() as stack:
         distributed.first_does(lambda: stack.enter_context(locked(folder, names=files)))
+        stack.enter_context(left_alone(may_replace))
         yield functools.cache(functools.partial(begin_folder, folder, files, resumed))
 
 
