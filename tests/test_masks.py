@@ -235,13 +235,14 @@ NO_CLASSES = {
 }
 
 
-def test_classes_are_words_or_lines_of_a_file(tmp_path):
+def test_classes_are_words_or_lines_of_a_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     assert read_classes(None) is None
     assert read_classes(["sea", "land"]) == read_classes(["sea,land"]) == Classes(("sea", "land"))
     path = tmp_path / "classes.csv"
     for text, expected in CLASS_FILES.items():
         path.write_text(text, encoding="utf-8")
-        assert read_classes([str(path)]) == expected
+        assert read_classes([str(path)]) == read_classes(["~/classes.csv"]) == expected
     for text, message in NO_CLASSES.items():
         path.write_text(text)
         with pytest.raises(InputError, match=message):

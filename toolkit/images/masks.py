@@ -47,8 +47,9 @@ def read_classes(given: Sequence[str] | None) -> Classes | None:
     if not given:
         return None
     where = f"--classes {printable(' '.join(given))}"
-    if len(given) == 1 and remote.is_file(given[0]):
-        lines = _lines_of(given[0], where)
+    place = os.path.expanduser(given[0])
+    if len(given) == 1 and remote.is_file(place):
+        lines = _lines_of(place, where)
     else:
         lines = [(name, ()) for name in scaling.split_names(given)]
     names = []
