@@ -20,7 +20,7 @@ from lora.split import split_model
 from tests.run_folders import assert_same
 from toolkit import InputError
 from toolkit.models import norms
-from toolkit.models.backbones import head_name
+from toolkit.models.backbones import build_backbone, head_name
 from toolkit.models.norms import constants_kept
 
 bottleneck = partial(resnet, Bottleneck)
@@ -286,6 +286,11 @@ def dropping(elsewhere: float = 0.2, **options) -> nn.Module:
     return frozen(vit(dropout=0.2, attention_dropout=elsewhere), 0.3, lora_dropout=elsewhere, **options)
 
 
+def of_timm(name: str, *size: int) -> nn.Module:
+    pytest.importorskip("timm")
+    return frozen(build_backbone(f"timm:{name}", 5, *size), 0.3)
+
+
 # How a model is made, and what it keeps for backward then, as a share of what it kept before.
 WAYS = {
     "adapters in a vit": (lambda: frozen(vit(), 0.3), 0.6),
@@ -294,6 +299,9 @@ WAYS = {
     "a stock resnet": (resnet, 0.8),
     "a resnet with the statistics of all processes": (resnet, 0.8),
     "a stock vit": (vit, 0.8),
+    "a vit of timm's": (lambda: of_timm("test_vit", 16), 0.1),
+    "a resnet of timm's": (lambda: of_timm("test_resnet"), 0.9),
+    "an EfficientNet": (lambda: of_timm("test_efficientnet"), 0.5),
     "dropout": (dropping, 1.0),
     "dropout of tokens alone": (lambda: dropping(0.0), 1.0),
     "dropout over 4 bits": (lambda: dropping(use_qlora=True), 1.0),

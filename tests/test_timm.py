@@ -16,7 +16,6 @@ from torch import nn
 
 import deploy_lora
 from finetune_lora import add_lora_to_model, count_parameters, freeze_backbone_params, load_finetuned
-from lora.fusion import set_gradient_checkpointing
 from lora_utils import LoRAManager, base_digests, read_adapter_file, unused_adapters
 from tests.checkpoint_files import under
 from tests.test_heat_maps import written_out
@@ -275,23 +274,6 @@ def test_from_an_adapter_file_to_one_for_plain_timm(name, checkpoint, tmp_path, 
     x = images()
     assert_close(again(x), plain.eval()(x), FP32)
     assert_close(again(x), model.eval()(x), FP32)
-
-
-@pytest.mark.parametrize(
-    "name, block", [("test_vit", "blocks.0"), ("test_resnet", "layer1.0"), ("test_efficientnet", "blocks.0.0")]
-)
-def test_gradient_checkpointing_recomputes_timm_s_own_blocks(name, block):
-    model = frozen(build_backbone(f"timm:{name}", 3), 0.3)
-    trained = list(dense.trained(model).values())
-    x = images()
-    calls = []  # before the block: recomputing stops before it ends
-    model.get_submodule(block).register_forward_pre_hook(lambda *_: calls.append(mode))
-    found = {}
-    for mode in ("none", "full", "off"):
-        set_gradient_checkpointing(model, mode.replace("off", "none"))
-        found[mode] = torch.autograd.grad(model(x).square().sum(), trained)
-    assert calls == ["none", "full", "full", "off"]
-    assert_close(found["full"], found["none"], FP32)
 
 
 # Of an activation: how many tensors a frozen BatchNorm with it keeps for backward, and whether that is its output,
