@@ -74,7 +74,8 @@ def held(folder: Path, files: Iterable[str] = (), resumed: Path | None = None) -
 
     with contextlib.ExitStack() as stack:
         distributed.first_does(lambda: stack.enter_context(locked(folder, names=files)))
-        stack.enter_context(left_alone(may_replace))
+        if files:  # a folder of answers knows which are its own: see `predictions.begin_folder`
+            stack.enter_context(left_alone(may_replace))
         yield functools.cache(functools.partial(begin_folder, folder, files, resumed))
 
 
