@@ -34,6 +34,8 @@ KINDS = torch.cat([blob(0, -2, -1, 0, 1, 2), blob(1, -1, 0, 1), blob(2, 0)])
 
 def test_the_most_typical_image_of_each_kind_comes_first_and_a_kind_with_a_label_has_its_turn_later(monkeypatch):
     assert choosing.most_typical(KINDS, 3, torch.zeros(0, 8)) == [2, 6, 8]  # the largest kind before the others
+    both_ways = 9 + torch.tensor([1.0, 1, 9, -1, -1, -9])[:, None] * torch.tensor([1.0, 0])  # from the mean, 9
+    assert sorted(choosing.most_typical(both_ways, 2, torch.zeros(0, 2))) == [0, 3]
     assert choosing.most_typical(KINDS, 2, KINDS[:1]) == [6, 8]
     alike = torch.cat([blob(0, *[0.0] * 5), blob(1, 0, 0, 0), blob(2, 0, 0)])
     assert choosing.most_typical(alike, 3, alike[:1]) == [5, 8, 0]  # then the largest one's again
