@@ -82,6 +82,8 @@ def pickled(content: bytes, zipped: bool) -> bytes:
     return b"".join(start) + content + pickle.dumps([], protocol=2)
 
 
+HUGE = b"J" + struct.pack("<i", 2**31 - 1)
+DECLARED_8 = {"storage": rb"K\x08(?=N?t)", "shape": rb"K\x08(?=\x85)"}  # pickled: the last in a tuple, the only one
 NEEDS_LINEAR = r"needs.*torch\.nn\.modules\.linear\.Linear"
 ZEROS = torch_file({"weight": torch.zeros(100)})
 ONE_BIT_FLIPPED = ZEROS.replace(bytes(400), bytes(200) + b"@" + bytes(199))  # as bad storage or a bad copy would
@@ -121,10 +123,6 @@ def test_a_path_that_leads_nowhere_is_one_clear_line(read, tmp_path):
     for name, problem in (problems | {"x" * 300: "File name too long"}).items():
         with pytest.raises(InputError, match=f"cannot read .*: {problem}; give the path of an existing file"):
             read(tmp_path / name)
-
-
-HUGE = b"J" + struct.pack("<i", 2**31 - 1)
-DECLARED_8 = {"storage": rb"K\x08(?=N?t)", "shape": rb"K\x08(?=\x85)"}  # pickled: the last in a tuple, the only one
 
 
 @pytest.mark.parametrize("zipped", [True, False])
