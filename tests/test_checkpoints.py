@@ -3,6 +3,7 @@
 Most files are built here, with random numbers, from the names that these projects give to tensors.
 """
 
+import argparse
 import itertools
 import math
 import re
@@ -306,10 +307,12 @@ class Config(dict):
 def test_objects_beside_the_tensors_are_left_aside_and_run_nothing(legacy, narrow, saved):
     content = RESNETS["mmpretrain, MoCo v2"].file(narrow)
     content["message_hub"] = {"log_scalars": {"loss": Buffer()}, "runtime_info": {}}
+    content["args"] = argparse.Namespace(lr=0.1)
     path = saved(content, _use_new_zipfile_serialization=not legacy)
     model, report = load_backbone(path, num_classes=2)
     assert report["family"] == "mmpretrain"
     assert_same(narrow, model.state_dict())
+    assert read_checkpoint(path, objects=True)["args"].lr == 0.1  # plain data is read beside them
     read = read_checkpoint(path, objects=True)["message_hub"]["log_scalars"]["loss"]
     assert isinstance(read, ForeignObject) and vars(read) == {}
     with pytest.raises(InputError, match=rf"needs {__name__}\.Buffer.*weights_only=False"):

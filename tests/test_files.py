@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import io
 import os
 import pickle
@@ -12,6 +13,7 @@ import sys
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -56,6 +58,7 @@ def test_plain_data_of_official_files_is_read(saved):
         **{"sparse": torch.eye(3).to_sparse(), "dtype": torch.float16, "device": torch.device("cuda", 1)},
         **{"best_acc1": np.float64(71.5), "rank": np.int64(3), "done": np.bool_(True), "loss": np.float32(0.5)},
         **{"label": np.uint8(200), "ordered": OrderedDict(a=1), "args": argparse.Namespace(lr=0.1, steps=[120, 160])},
+        **{"deep": functools.reduce(lambda part, _: [part], range(40), 0)},  # lists have no hash
         "state": (1, None, True, 2**70, b"bytes", "text", {1, 2}, 1e-300, torch.Size([2, 3])),
         ("a", ("key", 2)): [1],
     }
@@ -69,6 +72,14 @@ def test_plain_data_of_official_files_is_read(saved):
                 assert torch.equal(read[key].to_dense().to(torch.complex64), value.to_dense().to(torch.complex64))
             else:
                 assert read[key] == value
+
+
+def test_tensors_of_a_gpu_are_read_on_the_cpu(tmp_path):
+    of_gpu = rezipped(
+        torch_file({"w": torch.ones(3)}), lambda _, data: data.replace(b"\x03\0\0\0cpu", b"\x04\0\0\0cuda")
+    )
+    (tmp_path / "a.pth").write_bytes(of_gpu)
+    assert files.read_checkpoint(tmp_path / "a.pth")["w"].device.type == "cpu" and b"cuda" in of_gpu
 
 
 def pickled(content: bytes, zipped: bool) -> bytes:
@@ -93,6 +104,7 @@ UNREADABLE = {
     "a web page": (b"\n<html>404</html>" * 40, "a web page.*download the file itself"),
     "a plain pickle": (pickle.dumps({"a": 1}), "not a PyTorch checkpoint"),
     "an empty zip": (bytes_of(lambda file: zipfile.ZipFile(file, "w").close()), "not a PyTorch checkpoint"),
+    "arrays": (bytes_of(lambda file: np.savez(file, 1)), "a zip archive, but not a PyTorch checkpoint"),
     "no pickle": (pickled(b"\x80\x02I1\n.", True), r"cut short \(\w+: [^;]{1,70}\); download"),
     "truncated": (ZEROS[:-50], "damaged or cut short"),
     "truncated, legacy": (torch_file({"weight": torch.zeros(100)}, False)[:-50], "cut short"),
@@ -197,6 +209,8 @@ def test_a_place_that_cannot_be_written_to_is_one_clear_line(tmp_path, monkeypat
     reasons = dict.fromkeys(("a_folder", "", "a_pipe"), "it is a folder, a device or the like")
     reasons |= {"vanished/last.pth": "No such file or directory", "a_file/last.pth": "Not a directory"}
     reasons["x" * 300] = "File name too long"
+    with mock.patch.object(Path, "read_text", side_effect=AssertionError):  # it would wait for ever
+        assert files.read_json(tmp_path / "a_pipe") == {}
     if os.geteuid() != 0:
         reasons["read_only/last.pth"] = "denied"
     before = names_in(tmp_path)
@@ -211,6 +225,13 @@ def test_a_place_that_cannot_be_written_to_is_one_clear_line(tmp_path, monkeypat
         files.save_atomically({}, tmp_path / "lora.pth")
     assert (tmp_path / "lora.pth").read_bytes() == b"kept"
     files.save_atomically({}, tmp_path / "new.pth")
+
+
+def test_a_file_is_on_the_disk_as_a_whole_before_it_has_its_name(tmp_path, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(os, "fsync", lambda file: sizes.append((os.fstat(file).st_size, names_in(tmp_path))))
+    files.write_text("whole", tmp_path / "a.txt")
+    assert sizes == [(5, {f".a.txt.{os.getpid()}.half"})]
 
 
 def test_cells_are_text_whatever_they_are_called(tmp_path):

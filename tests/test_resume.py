@@ -23,7 +23,7 @@ from lora_utils import read_adapter_file
 from moco import pretrain
 from tests.run_folders import assert_same_tensors, contents, metrics, names_in, stop
 from toolkit import InputError, devices
-from toolkit.files import open_atomically, read_checkpoint
+from toolkit.files import open_atomically, read_checkpoint, write_text
 from toolkit.run import optim, output_folder, reports, runs
 
 WAYS = {
@@ -369,6 +369,20 @@ def test_what_comes_to_be_there_while_a_file_is_written_stays(tmp_path):
         write(tmp_path, "map.tif", "map.tif-1")
         file.write(b"answers")
     assert contents(tmp_path) == {"map.tif": b"map.tif", "map.tif-1": b"map.tif-1", "map.tif-2": b"answers"}
+
+
+@pytest.mark.parametrize("resumed, stays", [(None, {"lora.pth", "notes.txt"}), ("last.pth", {"notes.txt"})])
+def test_a_run_replaces_what_it_wrote_what_it_resumes_and_files_elsewhere(tmp_path, resumed, stays):
+    folder = tmp_path / "out"
+    with pytest.raises(InputError) as raised, output_folder.held(folder, ["lora.pth"], resumed and folder / resumed):
+        write(folder, "lora.pth", "notes.txt")
+        write(tmp_path, "lora.pth")
+        for path in [folder / "new", tmp_path / "lora.pth", folder / "lora.pth", folder / "notes.txt"] * 2:
+            write_text("run", path)
+    assert str(raised.value).partition(" came")[0] == ", ".join(str(folder / name) for name in sorted(stays))
+    written = {"lora.pth", "new", "notes.txt"} - stays | {f"{name}-1" for name in stays}
+    assert contents(folder) == {name: name.encode() for name in stays} | dict.fromkeys(written, b"run")
+    assert (tmp_path / "lora.pth").read_text() == "run" and names_in(tmp_path) == {"lora.pth", "out"}
 
 
 def test_what_was_made_of_an_earlier_runs_adapter_goes_with_it(once):
