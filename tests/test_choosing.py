@@ -17,6 +17,7 @@ from tests.run_folders import rows_of
 from toolkit.answers import choosing
 from toolkit.answers.report_page import html_pictures
 from toolkit.images.data import LabelledImages
+from toolkit.images.folders import ImageFiles
 from toolkit.images.sources import load_splits
 
 
@@ -39,6 +40,8 @@ def test_the_most_typical_image_of_each_kind_comes_first_and_a_kind_with_a_label
     assert choosing.most_typical(KINDS, 2, KINDS[:1]) == [6, 8]
     alike = torch.cat([blob(0, *[0.0] * 5), blob(1, 0, 0, 0), blob(2, 0, 0)])
     assert choosing.most_typical(alike, 3, alike[:1]) == [5, 8, 0]  # then the largest one's again
+    drawn = torch.randn(40, 8)
+    assert choosing.most_typical(drawn, 6, drawn[:0]) == choosing.most_typical(drawn, 6, drawn[:0])
     # Or the one of each kind that is least sure: of three classes.
     leads = torch.tensor([0.5, 0.4, 0.1, 0.3, 0.9, 0.8, 0.05, 0.2, 0.0])
     logits = torch.stack([torch.full((9,), 0.05), (0.95 + leads) / 2, (0.95 - leads) / 2], 1).log()
@@ -54,6 +57,12 @@ def test_fifty_pictures_are_less_than_a_megabyte_whatever_is_on_them():
     page = html_pictures(images, [(i, f"<{i}>") for i in range(50)])
     assert page.count("<img ") == 50 and "&lt;49&gt;</figcaption>" in page
     assert len(page) < 1e6
+
+
+def test_an_address_stays_one_in_the_list_to_label(tmp_path, monkeypatch):
+    monkeypatch.setattr(choosing, "html_pictures", lambda *_: "")
+    choosing.write_chosen(LabelledImages(ImageFiles("https://host", ["a.png"])), tmp_path)
+    assert (tmp_path / "to_label.csv").read_text().splitlines() == ["path,label", "https://host/a.png,"]
 
 
 def choose(model: Path, *words: str | Path) -> list[str]:

@@ -278,6 +278,7 @@ def test_what_chance_may_lose_is_no_collapse_and_four_images_tell_a_constant_ans
     assert judge.has_collapsed(0.175, loss=1.0) and not judge.has_collapsed(0.185, loss=1.0)
     assert judge.is_recoverable  # the start always is
     assert not guard_of(1000, [0.3, 0.274]).is_recoverable and guard_of(1000, [0.3, 0.276]).is_recoverable
+    assert guard_of(100, [1.0], classes=1).is_recoverable  # a constant answer is as good, and nothing is lost
     judge = guard_of(4, [0.5, 1.0], classes=2)
     assert judge.has_collapsed(0.5, loss=0.70) and not judge.has_collapsed(0.5, loss=0.68)
     judge.first_loss = 0.9

@@ -172,11 +172,16 @@ def test_results_that_cannot_be_compared(classes):
         (text.replace("answer", "reply"), "is of other classes, labels or numbers than"),
         (text.replace("image", "name"), "is not a table of answers, or damaged"),
         (f"{text}7\n", "is not a table of answers, or damaged"),
+        (text.splitlines()[0], "is not a table of answers, or damaged"),
         ("", "is not a table of answers, or damaged"),
     ):
         path.write_text(changed)
         with pytest.raises(InputError, match=problem):
             comparison.compare(*classes)
+    for results in classes:
+        comparison.answers_path(results).write_text(text.replace("answer", "reply"))
+    with pytest.raises(InputError, match="does not say what is true: evaluate again"):
+        comparison.compare(*classes)
     path.unlink()
     with pytest.raises(InputError, match=r"No such file .*; a run, or evaluate --output, writes answers there"):
         comparison.compare(*classes)

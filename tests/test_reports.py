@@ -425,6 +425,7 @@ def test_what_limits_a_run_comes_with_one_next_step():
         (OVERFITTED | {"per_class": 5, "unlabelled": {}}, ["few images", "(loss 0.6 against 0.1)"], "to_label"),
         (OVERFITTED | {"per_class": 5, "task": MultiLabel}, ["5 of each label", "overfitting"], "more labelled images"),
         ({"per_class": 25}, ["few images"], "answers.csv"),  # which gained much all the same
+        (FEW_LABELS | {"val_accuracy_interval": None}, ["few images"], "answers.csv"),  # chance is not told
         (FEW_LABELS | {"per_class": 26}, [], "--epochs 8"),
         (FEW_LABELS | {"task": MultiLabel}, ["25 of each label"], "more labelled images"),
         (FEW_LABELS | {"task": Regression}, ["25 of each number"], "more labelled images"),

@@ -132,10 +132,13 @@ def test_of_a_scene_fewer_pixels_are_drawn(pictures, monkeypatch, tmp_path):
     drawn = []
     monkeypatch.setattr(segmentation, "save_figure", lambda figure, _: drawn.extend(figure.axes))
     answers = PixelAnswers(0.0, torch.ones(1, 2, 2), torch.ones(15, 3), {0: torch.zeros(6, 2500).byte()})
-    Segmentation(["even", "odd"]).report(answers).draw_mistakes(images, tmp_path / "mistakes.png")
+    task = Segmentation(["even", "odd"])
+    task.report(answers).draw_mistakes(images, tmp_path / "mistakes.png")
     picture, truth, answer = (axes.images[0].get_array() for axes in drawn)
     assert picture.shape == truth.shape == answer.shape == (2, 834, 3)
     assert np.array_equal(truth[0, 0], answer[0, 0])  # where nothing is known both are grey
+    for shown, label in ((truth, 1), (answer, 0)):
+        assert np.allclose(shown[1, 1], 0.4 * picture[1, 1] + 0.6 * task.palette()[label])
 
 
 def test_a_run_starts_as_the_probe_of_pixels(start, pairs, saved, narrow, monkeypatch):

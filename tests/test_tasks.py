@@ -299,6 +299,8 @@ def test_a_start_is_measured_as_a_probe_and_softened_as_the_head_that_it_becomes
     expected = task.first_temperature(model, *views, features_train)
     assert temperature == expected._replace(optimism=tasks.optimism(task, model, *views))
     assert (temperature.per_rate > 0) == features_train
+    mixed = mixed._replace(held_out=None)  # as of one image a class
+    assert tasks.start_head(task, model, given, args, None)[1].optimism is None
 
 
 def test_a_record_is_read_as_it_was_written_and_refused_where_it_is_of_something_else():
