@@ -130,6 +130,9 @@ def test_what_comes_into_a_run_s_folder_while_it_trains_stays(finetune, tmp_path
         finetune("--epochs 2", after_epoch=lambda run: page.write_text("mine"))
     assert page.read_text() == "mine" and "<h1>" in page.with_name("report.html-1").read_text()
     assert len(outcome(page.parent)["metrics"]) == 2 and len(list(page.parent.glob("*-1"))) == 1
+    with pytest.raises(InputError, match=r"report\.html came there .* is in .*html-2$"):
+        finetune("--resume")
+    assert page.read_text() == "mine"
 
 
 @contextlib.contextmanager

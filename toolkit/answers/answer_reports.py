@@ -209,7 +209,7 @@ def plot_confusion(matrix: Any, names: Sequence[str], title: str, path: Path, fo
     axes = figure.subplots()
     figure.colorbar(axes.imshow(matrix, cmap="Blues"))
     axes.set(xlabel="answer", ylabel="true class", title=title)
-    if len(names) <= 20:
+    if len(names) <= 20:  # of more nobody could read names and numbers
         titles = list(map(drawn, names))
         rotation = 45 if max(map(len, names)) > 3 else "horizontal"
         axes.set_xticks(range(len(names)), titles, rotation=rotation)

@@ -142,7 +142,7 @@ def _hits(table: dict[str, np.ndarray]) -> Tensor:
 
 def _numbers(table: dict[str, np.ndarray], titles: Sequence[str]) -> Tensor:
     """These columns as numbers, (N, K), NaN where nothing stands."""
-    cells = np.stack(list(map(table.__getitem__, titles)), 1)
+    cells = np.stack([table[title] for title in titles], 1)
     cells[cells == ""] = "nan"
     try:
         return torch.from_numpy(cells.astype(float))

@@ -114,7 +114,7 @@ class NumberReport(ColumnReport):
 
     def draw(self, path: Path) -> None:
         shown = self.names[:PANELS]
-        across = min(3, len(shown))
+        across = min(3, len(shown))  # panels in a row
         down = math.ceil(len(shown) / across)
         figure = new_figure(4.2 * across, 4 * down)
         columns = zip(shown, self.answers.known(), self.by["r2"], strict=False)

@@ -290,7 +290,7 @@ class LoadingMeter:
         return {"images_per_second": self.images / seconds, "waiting_share": self.waited / seconds}
 
     def shown(self) -> dict[str, str]:
-        """For a progress bar: the share of waiting, where it is worth more loading processes."""
+        """For a progress bar: the share of waiting, from a tenth on, which is worth more loading processes."""
         share = self.results()["waiting_share"]
         return {"waiting for images": f"{share:.0%}"} if self.images and share >= 0.1 else {}
 

@@ -47,7 +47,7 @@ def read_classes(given: Sequence[str] | None) -> Classes | None:
     if not given:
         return None
     where = f"--classes {printable(' '.join(given))}"
-    place = os.path.expanduser(given[0])
+    place = os.path.expanduser(given[0])  # behind a = no shell has done that
     if len(given) == 1 and remote.is_file(place):
         lines = _lines_of(place, where)
     else:

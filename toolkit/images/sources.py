@@ -189,7 +189,7 @@ def _tell(train: LabelledImages, val: LabelledImages, truth: str, names: Sequenc
 
 
 def _names(labels: Iterable[int], class_names: Sequence[str]) -> str:
-    return listed(map(class_names.__getitem__, sorted(labels)))
+    return listed(class_names[label] for label in sorted(labels))
 
 
 def load_unlabelled(data_dir=None, data_list: Sequence = (), skip_unreadable=False, bands=None) -> LabelledImages:

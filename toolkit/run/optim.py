@@ -85,8 +85,7 @@ MOST_WITH_MASKS = 3e-3  # of adapters that begin at the gradient: at 24 times wh
 
 def run_divisor(args: FineTuneOptions, rate: float, steps: int) -> float:
     """The divisor of a run's learning rate: above 1 for adapters that begin at the gradient, if it has few steps."""
-    # Full fine-tuning and adapters of a random start train at what is typed. So do adapters with masks: an image has
-    # thousands of labels, and steps that harm leave nothing to keep.
+    # All others train at what is typed: masks too, where an image has thousands of labels to mend harm by.
     if not args.freeze_backbone or "random" in (args.head_init, args.lora_init) or choices.TRUTHS[args.task] == "mask":
         return 1.0
     # Adam's first steps harm what the probe knows, later ones mend that. The power is measured: benchmarks/RESULTS.md.

@@ -65,10 +65,11 @@ def held(folder: Path, files: Iterable[str] = (), resumed: Path | None = None) -
     """Lock the folder, or raise InputError in every process; yield its `begin_folder`, to be called before writing."""
     from toolkit import distributed  # here: it loads PyTorch
 
-    own = set(map(folder.joinpath, files)) if resumed else set()
+    # A resumed run's own are the files of its names, but for one that was left alone: the run's lies beside that.
+    own = {path for path in map(folder.joinpath, files) if resumed and not os.path.lexists(f"{path}-1")}
 
     def may_replace(path: Path) -> bool:
-        if path.parent != folder or not os.path.lexists(path):  # what is there at the run's next writing is its own
+        if path.parent != folder or not os.path.lexists(path):  # a free place is the run's from its first writing on
             own.add(path)
         return path in own
 
