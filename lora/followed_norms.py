@@ -114,10 +114,14 @@ def principal_components(rows: Tensor, number: int) -> Tensor:
     varies = rows.abs().amax(0) > 0
     own = rows[rows.abs().amax(1) > 0][:, varies].double()
     number = min(number, *rows.shape)
-    _, turned = torch.linalg.eigh(own @ own.T)  # in ascending order
-    found = turned.T[-number:] @ own / math.sqrt(len(rows))
+    if len(own) < own.shape[1]:
+        _, turned = torch.linalg.eigh(own @ own.T)  # in ascending order
+        found = turned.T[-number:] @ own
+    else:
+        squares, directions = torch.linalg.eigh(own.T @ own)
+        found = (directions * squares.clamp_min(0).sqrt()).T[-number:]
     components = rows.new_zeros(number, rows.shape[1])
-    components[: len(found), varies] = found.to(rows.dtype)
+    components[: len(found), varies] = (found / math.sqrt(len(rows))).to(rows.dtype)
     return components
 
 

@@ -147,9 +147,9 @@ def pairs(tmp_path_factory) -> Path:
 def whole_vit_mini():
     """Six blocks, as the shipped checkpoint has."""
     with mock.patch.dict(names.VITS, vit_mini=names.VITS["vit_mini"] | {"num_layers": 6}):
-        checkpoints._shapes.cache_clear()
+        checkpoints._meta_model.cache_clear()
         yield
-    checkpoints._shapes.cache_clear()
+    checkpoints._meta_model.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -159,9 +159,9 @@ def small_backbones():
         patch.setattr(backbones.models, "resnet18", narrow_resnet)
         for arch in ("vit_small", "vit_conv_small"):
             patch.setitem(names.VITS, arch, names.VITS[arch] | {"num_layers": 2})
-        checkpoints._shapes.cache_clear()
+        checkpoints._meta_model.cache_clear()
         yield
-    checkpoints._shapes.cache_clear()
+    checkpoints._meta_model.cache_clear()
 
 
 @pytest.fixture

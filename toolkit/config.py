@@ -6,6 +6,7 @@ An argument group titled `model`, `data`, `moco` or `finetune` is the YAML secti
 import argparse
 import copy
 import dataclasses
+import gc
 import math
 import os
 import re
@@ -164,6 +165,7 @@ def parse_args(
 
 def check_command_line(read_options: Callable[[Sequence[str] | None, str], Any], description: str) -> None:
     """Read the options of a script that is about to load PyTorch: for help, and for mistakes, it ends here."""
+    gc.disable()  # it would look through what packages make again and again, for a sixth of the time: see `run_script`
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it may be ignored
         # While packages load, an exception would be theirs, in any place. `run_script` has it raised again.
         signal.signal(signal.SIGINT, lambda signum, _: os._exit(128 + signum))

@@ -3,8 +3,9 @@
 A random head's gradients would distort features before the head has learnt anything (Kumar et al., arXiv 2202.10054).
 """
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -244,7 +245,6 @@ def logistic(
 ) -> Tensor:
     """Weights and, in the last column, biases (K, D + 1) with the smallest penalised loss; 0 without an intercept."""
     from scipy.optimize import minimize
-    from threadpoolctl import threadpool_limits
 
     shape = (Y.shape[1], X.shape[1] + 1)
     penalty = 1 / (strength * len(X))
@@ -261,9 +261,18 @@ def logistic(
         return value.item(), gradient.numpy().ravel()
 
     begin = np.zeros(shape) if start is None else start.numpy()
-    with threadpool_limits(1, "blas"):  # SciPy's threads and PyTorch's wait for each other: eight times as long
+    # SciPy's threads and PyTorch's wait for each other: eight times as long.
+    with _libraries().limit(limits=1, user_api="blas"):
         found = minimize(loss, begin.ravel(), jac=True, method="L-BFGS-B", options={"maxiter": steps, "gtol": 1e-4})
     return torch.from_numpy(found.x).view(shape)
+
+
+@functools.cache
+def _libraries() -> Any:
+    """The thread pools of the libraries that SciPy has loaded: finding them takes as long as a small fit."""
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()
 
 
 def _logits(X: Tensor, weights: Tensor) -> Tensor:

@@ -383,7 +383,6 @@ def _renamed(key: str, renames: _Renames) -> str:
     return key
 
 
-@functools.cache
 def _shapes(arch: str) -> frozenset[tuple[str, tuple[int, ...]]]:
     """Names and shapes of a backbone's tensors, without those that depend on the image size or class count."""
     return shapes_of(_backbone_state(_meta_model(arch)))
@@ -394,6 +393,7 @@ def shapes_of(tensors: Mapping[str, torch.Tensor]) -> frozenset[tuple[str, tuple
     return frozenset((key, tuple(value.shape)) for key, value in tensors.items() if key not in _POSITIONS)
 
 
+@functools.cache
 def _meta_model(arch: str) -> nn.Module:
     """A model of this architecture, with its own image size, that takes no memory."""
     with torch.device("meta"):

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 import os
 import platform
 import re
@@ -131,6 +132,8 @@ def run_script(main: Callable[[], Any]) -> None:
     if hasattr(sys.stdout, "reconfigure"):  # names of files may have bytes that are no characters
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     keep_freed_memory()
+    gc.freeze()  # what packages have made stays
+    gc.enable()
     begin = "" if sys.stderr.isatty() else "\n"  # a bar may be at the end of a log's last line
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
