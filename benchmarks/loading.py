@@ -196,7 +196,7 @@ def reference_transform(view: str, pixels: int) -> Callable:
     if view == "fine-tuning":
         return T.Compose([T.RandomResizedCrop(pixels, scale=(transforms.CROP_MIN, 1.0)), flip, *tensor])
     crop, grey = T.RandomResizedCrop(pixels, scale=(0.2, 1.0)), T.RandomGrayscale(0.2)
-    blur = T.GaussianBlur(max(3, pixels // 10 | 1), (0.1, 2.0))
+    blur = T.Lambda(transforms.blurred)  # MoCo's own, which is Pillow's
     if view == "moco_v2":
         jitter = T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8)
         return Twice(T.Compose([crop, jitter, grey, T.RandomApply([blur], 0.5), flip, *tensor]))
