@@ -153,22 +153,14 @@ def channel_sums(gy: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return of_weight, of_bias
 
 
-def max_pool2d(x: Tensor, *options) -> tuple[Tensor, Tensor]:
-    """`F.max_pool2d` of x (N, C, H, W) with what it takes after x, and the positions of the maxima."""
-    pool = torch.ops.aten.max_pool2d_with_indices
-    if x.device.type != "cpu" or not x.is_contiguous():
-        return pool(x, *options)
-    # Of channels that lie last the kernel takes many at a time: half of the time, copies included.
-    y, indices = pool(x.contiguous(memory_format=torch.channels_last), *options)
-    return y.contiguous(), indices.contiguous()
-
-
 # The input's gradient from the output's: (gy, y, 0); (gy, x, approximate, grad_input), of which the last is written
 # into; (gy, x, shape, mean, 1 / deviation, weight, bias, which of three gradients), a tuple.
 relu_gradient = torch.ops.aten.threshold_backward
 gelu_gradient = torch.ops.aten.gelu_backward.grad_input
 layer_norm_gradient = torch.ops.aten.native_layer_norm_backward
-# (gy, x, *options, indices) as of `max_pool2d`: the input's gradient, for which x's shape and memory format are read.
+# (x, *options): what `F.max_pool2d` takes, and the positions of the maxima too. (gy, x, *options, indices): the input's
+# gradient, for which x's shape and memory format are read.
+max_pool2d = torch.ops.aten.max_pool2d_with_indices
 max_pool2d_gradient = torch.ops.aten.max_pool2d_with_indices_backward
 # (x, shape): `x.view(shape)` that autograd does not take for a view: it may be modified in place.
 unsafe_view = torch.ops.aten._unsafe_view
