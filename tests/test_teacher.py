@@ -26,6 +26,7 @@ from toolkit.images import sources
 from toolkit.images.data import LabelledImages, Transformed, build_loader
 from toolkit.run import loaders, reports, runs, teacher
 from toolkit.run.guard import Guard, Keep
+from toolkit.run.optim import weights_replaced
 from toolkit.run.teacher import Teacher
 from toolkit.run.training import MicroBatches
 
@@ -180,7 +181,7 @@ def test_it_begins_with_the_start_and_its_weights_are_a_moving_average_of_those_
         found.seen += 1
         found.after_step()
     torch.testing.assert_close(found.average["weight"], first + 1 - 0.95**7)
-    with found.in_place():
+    with weights_replaced(found.weights, found.average.items()):
         assert torch.equal(found.model.weight, found.average["weight"])
     torch.testing.assert_close(found.model.weight, first + 1)
     resumed = Teacher(found.model, 4, 3, CPU, torch.float32)

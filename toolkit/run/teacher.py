@@ -6,7 +6,6 @@ counts by how far its answer is from chance: what a weak backbone answers is oft
 sure as the start was, which held-out labels have checked: its own labels would make it ever surer, right or wrong.
 """
 
-import contextlib
 from typing import Any
 
 import torch
@@ -71,14 +70,10 @@ class Teacher:
         """Are the answers at the start, which are as sure as held-out labels allow, better than chance?"""
         return above_chance(self.first_answers.amax(1).mean(), self.first_answers.shape[1]).item() >= LEAST_KNOWN
 
-    def in_place(self) -> contextlib.AbstractContextManager:
-        """Within this block the model has the averages in place of the weights that train."""
-        return weights_replaced(self.weights, self.average.items())
-
     @torch.no_grad()
     def extend(self, labels: Tensor, views: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
         """The labels, then the `sure_labels` of images (N, C, H, W) at these places; and how much each counts."""
-        with self.in_place(), evaluation.eval_mode(self.model):
+        with weights_replaced(self.weights, self.average.items()), evaluation.eval_mode(self.model):
             logits = evaluation.computed(self.model, views, self.device, self.dtype).float()
         found, counts = self.sure_labels(logits, self.first_answers[places])
         return torch.cat([labels, found]), torch.cat([counts.new_ones(len(labels)), counts])
