@@ -227,19 +227,13 @@ LARGEST_STD = 30.0
 
 def measured(images: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """The mean, std, smallest and largest value of each channel, (channels,), over images (H, W, channels)."""
-    count = 0
-    total = squares = 0.0
-    low = math.inf
-    high = -math.inf
+    found = []
     for image in images:
         pixels = image.reshape(-1, image.shape[2]).astype(np.float64)
-        count += len(pixels)
-        total = total + pixels.sum(0)
-        squares = squares + (pixels**2).sum(0)
-        low = np.minimum(low, pixels.min(0))
-        high = np.maximum(high, pixels.max(0))
-    mean = total / count
-    return mean, np.sqrt(np.maximum(squares / count - mean**2, 0)), low, high
+        found.append((len(pixels), pixels.sum(0), (pixels**2).sum(0), pixels.min(0), pixels.max(0)))
+    counts, sums, squares, low, high = map(np.array, zip(*found, strict=True))
+    mean = sums.sum(0) / counts.sum()
+    return mean, np.sqrt(np.maximum(squares.sum(0) / counts.sum() - mean**2, 0)), low.min(0), high.max(0)
 
 
 def settle(scaling: Scaling, arch: str, channels: int, images: Any) -> dict[str, Any]:
