@@ -232,8 +232,6 @@ def lora_linear(
     if not trains:
         backends.refuse_jit()
         return _LoRALinear.apply(x, adapter_x, A, B, bias, (weight, scaling, groups, prologue, dtype))
-    if adapter_x is None and dtype not in LOW_PRECISION:
-        return F.linear(x, effective_weight(weight, A, B, scaling, groups), bias)
     if adapter_x is None:
         adapter_x = x
     h = F.linear(adapter_x.to(dtype), A.to(dtype)).unflatten(-1, (groups, -1))  # (..., groups, r)

@@ -184,8 +184,7 @@ def table_of_runs(paths: Sequence[Path], are_parts: bool = False) -> list[tuple[
         if value is not None:  # else it is not defined on these images
             groups.setdefault(json.dumps(settings, sort_keys=True), []).append((path, value))
     if len(kinds) > 1:
-        found = listed(sorted(kinds))
-        raise InputError(f"these results are of {found}: compare results of one task over the same images")
+        raise InputError(f"these are of {listed(sorted(kinds))}: compare results of one task over the same images")
     every = list(map(json.loads, groups))
     rows = []
     for own, members in zip(every, groups.values(), strict=True):

@@ -298,8 +298,7 @@ def _check_values(found: Sequence[np.ndarray], bands: Bands, std: Sequence[float
         )
     for i in weak:  # as Sentinel-2's B10, which in SSL4EO-S12 has a standard deviation of 0.0005
         spread = f"{seen[i]:.2g} after normalisation (in the files {deviation[i]:.3g})"
-        remedy = "if it should count, use --normalise data"
-        print(f"channel {i + 1} hardly varies: its standard deviation is {spread}; {remedy}")
+        print(f"channel {i + 1} hardly varies: its std is {spread}; if it should count, use --normalise data")
 
 
 # ------------------------------------------------------------------------------------------------------- what files say

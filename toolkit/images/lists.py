@@ -205,8 +205,7 @@ class ImageList:
             if None in numbers:
                 place = numbers.index(None)
                 cell = f"'{printable(row[1 + place])}' in the column {printable(names[place])}"
-                advice = "; name the columns that are answers with --label-columns"
-                raise self._error(f"{cell} is not {expected}", advice)
+                raise self._error(f"{cell} is not {expected}", "; name the answers' columns with --label-columns")
         dtype = torch.float64 if read is _number else torch.float32
         return Targets(list(map(itemgetter(0), rows)), names, torch.tensor(values, dtype=dtype))
 

@@ -89,8 +89,7 @@ def _lines_of(path: str, where: str) -> list[tuple[str, tuple[int, ...]]]:
         mark = tuple(map(int, re.findall(r"-?\d+", behind)))
         allowed = range(256) if len(mark) == 3 else _VALUES
         if "," in name or not set(mark).issubset(allowed):
-            known = "`name`, `name value` or `name r g b` (0 to 255)"
-            raise InputError(f"{where}: the line '{printable(line)}' is not {known}")
+            raise InputError(f"{where}: '{printable(line)}' is not `name`, `name value` or `name r g b` (0 to 255)")
         lines.append((folders.one_spelling(name.strip('"')), mark))
     return lines
 
@@ -255,8 +254,7 @@ class PairFiles(folders.ImageFiles):
             return error
         if mask.shape != (height, width):
             sizes = f"the mask is {mask.shape[1]}x{mask.shape[0]}, and its image (upright) {width}x{height}"
-            remedy = "save the mask at that size, each pixel with the class of the nearest one"
-            return InputError(f"{path}: {sizes}; {remedy}")
+            return InputError(f"{path}: {sizes}; save it at that size, each pixel with the nearest one's class")
         pixels = np.bincount(mask.ravel().clip(-1) + 1)
         if len(pixels) == 1:
             return InputError(f"{path}: all pixels are unknown", f"; remove it{self.read.remedy}")

@@ -166,8 +166,7 @@ def _divide(parts: Sequence, eval_split: str, folds: str | None, group_by: str |
         if len(shared):
             count = np.isin(val.groups, shared).sum()
             both = f"{listed(shared)} on both sides, with {count} of {len(val)} evaluation images"
-            problem = f"{both}; move each group to one side, or give all as one set"
-            raise InputError(f"--group-by {printable(group_by)}: {problem}")
+            raise InputError(f"--group-by {printable(group_by)}: {both}; move each to one side, or give all as one set")
     if eval_split == "validation":
         train, val = validation_part(train)
     return train, val

@@ -84,12 +84,10 @@ class Teacher:
         answers = ((as_sure(logits, first) + first) / 2).softmax(1)
         certainty, classes = answers.max(1)
         self.seen += torch.cat([answers.sum(0), certainty.sum()[None], certainty.new_tensor([len(answers)])])
-        is_sure = certainty >= self.thresholds()[classes]
+        # As sure as the mean answer, and for a class that is rare in the answers less.
+        thresholds = self.certainty * self.shares / self.shares.max()  # (K,)
+        is_sure = certainty >= thresholds[classes]
         return classes.where(is_sure, evaluation.NO_LABEL), above_chance(certainty, answers.shape[1])
-
-    def thresholds(self) -> Tensor:
-        """How sure an answer has to be, (K,): as the mean one, and for a class that is rare in the answers less."""
-        return self.certainty * self.shares / self.shares.max()
 
     def watched(self) -> Tensor:
         """The places of the images that were answered most surely at the start, (n,): as many of each class."""
