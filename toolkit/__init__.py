@@ -70,16 +70,12 @@ def attributes(thing: Any, *names: str) -> dict[str, Any]:
 @contextlib.contextmanager
 def temporarily(things: Iterable[Any], **values: Any) -> Iterator[None]:
     """Within this block these attributes of each thing have these values; afterwards they have those of before."""
-    before = [(thing, attributes(thing, *values)) for thing in things]
-    try:
-        for thing, _ in before:
+    with contextlib.ExitStack() as stack:
+        for thing in things:
             for name, value in values.items():
+                stack.callback(setattr, thing, name, getattr(thing, name))
                 setattr(thing, name, value)
         yield
-    finally:
-        for thing, former in before:
-            for name, value in former.items():
-                setattr(thing, name, value)
 
 
 def optional_package(name: str, who: str, install: str | None = None) -> ModuleType:

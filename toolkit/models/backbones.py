@@ -212,15 +212,10 @@ def _build_timm(arch: str, num_classes: int, size: int, channels: int) -> nn.Mod
 
     config = names.timm_config(arch)
     name = arch.removeprefix(names.TIMM)
-    shape = {"num_classes": num_classes}
-    if channels != config.input_size[0]:
-        shape["in_chans"] = channels
-    sized = shape
-    if size != config.input_size[-1]:
-        sized = shape | {"img_size": size}
+    shape = {"num_classes": num_classes, "in_chans": channels}
     try:
         try:
-            model = timm.create_model(name, **sized)
+            model = timm.create_model(name, img_size=size, **shape)
         except TypeError:  # a model without this argument takes any size
             model = timm.create_model(name, **shape)
     except (AssertionError, TypeError, ValueError, RuntimeError) as error:

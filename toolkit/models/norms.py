@@ -12,14 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import _has_any_global_hook
 
 from toolkit import InputError, distributed
 from toolkit.devices import is_traced
 
 NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm)
-# Each module calls these: dictionaries that PyTorch fills in place. Their names are the same from 2.6 on.
-HOOKS = ("forward", "forward_pre", "backward", "backward_pre")
-GLOBAL_HOOKS = [getattr(nn.modules.module, f"_global_{kind}_hooks") for kind in HOOKS]
 
 
 class Extended:
@@ -49,7 +47,7 @@ def unextended(module: nn.Module) -> type[nn.Module]:
 
 def is_hooked(*modules: nn.Module) -> bool:
     """Does one of these have a hook, or a forward of its own? Each must see what it would see in the stock model."""
-    return any(GLOBAL_HOOKS) or any(
+    return bool(_has_any_global_hook()) or any(
         m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or "forward" in vars(m)
         for m in modules
     )
