@@ -160,16 +160,15 @@ def test_the_search_for_a_strength_ends_at_the_second_in_a_row_that_is_worse(mon
         starts.append(given[6])
         return torch.full((2, 3), float(len(starts)))
 
-    def loss(link: probe.Link, logits: torch.Tensor, Y: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    def loss(logits: torch.Tensor, Y: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         assert counts.flatten().tolist() == [3, 4]  # of what is held out
         return torch.tensor(next(losses))
 
     losses = iter([3.0, 4.0, 2.0, 5.0, 2.5, 0.1])
     monkeypatch.setattr(probe, "logistic", logistic)
-    monkeypatch.setattr(probe.Link, "loss", loss)
     X, Y = torch.randn(4, 2), torch.eye(2).repeat(2, 1)
     parts = [(np.array([0, 1]), np.array([2, 3]))]
-    found = probe._search(X, probe.SCALINGS["deviation"](X), Y, torch.arange(1, 5)[:, None], parts, probe.ONE_CLASS)
+    found = probe._search(X, probe.SCALINGS["deviation"](X), Y, torch.arange(1, 5)[:, None], parts, loss)
     assert found[:2] == (2.0, probe.STRENGTHS[2])
     assert starts[0] is None and torch.stack(starts[1:])[:, 0, 0].tolist() == [1, 2, 3, 4]
 
@@ -178,7 +177,7 @@ def test_a_fit_goes_on_from_the_weights_of_the_strength_before():
     """A step from where the last one ended changes next to nothing; from zeros it is far from the end."""
     features, labels = clusters(3, spread=4.0)
     rows = probe.SCALINGS["deviation"](features).rows
-    fit = functools.partial(probe.logistic, rows, *probe.one_hot(labels, 3, 1, None), 0.1, probe.ONE_CLASS, True)
+    fit = functools.partial(probe.logistic, rows, *probe.one_hot(labels, 3, 1, None), 0.1, probe.softmax_loss, True)
     ended = fit()
     torch.testing.assert_close(fit(ended, steps=1), ended, atol=1e-3, rtol=0)
     assert (fit(steps=1) - ended).abs().max() > 0.05

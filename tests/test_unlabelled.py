@@ -182,7 +182,9 @@ def test_answers_that_are_not_sure_teach_the_head_nothing():
     targets = torch.cat([known.targets, answers[30:60].double()])
     rows = probe.SCALINGS["deviation"](images.rows).rows
     counts = torch.cat([known.counts, 3.0 * 60 * sure / sure.sum()])
-    fitted = probe.logistic(rows[:60], targets, counts, unlabelled.DISTILLED, probe.ONE_CLASS, intercept=True).float()
+    fitted = probe.logistic(
+        rows[:60], targets, counts, unlabelled.DISTILLED, probe.softmax_loss, intercept=True
+    ).float()
     expected = rows @ fitted[:, :-1].T + fitted[:, -1]
     torch.testing.assert_close(images.rows @ weight.T + bias, expected, atol=0.02, rtol=0)
 

@@ -120,19 +120,12 @@ def _of_one_length(X: Tensor) -> Scaled:
 SCALINGS = {"deviation": _standardised, "length": _of_one_length}
 
 
-class Link(NamedTuple):
-    """What makes shares of logits (N, K), and the function whose gradient the shares are."""
-
-    shares: Callable[[Tensor], Tensor]
-    potential: Callable[[Tensor], Tensor]
-
-    def loss(self, logits: Tensor, Y: Tensor, counts: Tensor) -> Tensor:
-        """The cross-entropy with targets (N, K), summed; `counts` (N, 1 or K) say how much each counts."""
-        return (counts * self.potential(logits)).sum() - (counts * Y * logits).sum()
+# Both losses: of logits and targets, (N, K) each, and of how much each counts, (N, 1 or K); summed.
+sigmoid_loss = functools.partial(F.binary_cross_entropy_with_logits, reduction="sum")
 
 
-ONE_CLASS = Link(lambda logits: logits.softmax(1), lambda logits: logits.logsumexp(1, keepdim=True))
-EACH_LABEL = Link(torch.sigmoid, F.softplus)
+def softmax_loss(logits: Tensor, Y: Tensor, counts: Tensor) -> Tensor:
+    return (counts[:, 0] * F.cross_entropy(logits, Y, reduction="none")).sum()
 
 
 def fit_linear_probe(
@@ -152,7 +145,7 @@ def fit_linear_probe(
     y = labels.cpu()
     classes = y[: len(y) // views].numpy()
     held_out = parts(class_folds(classes, clusters), views, classes)
-    return _fitted(features, *one_hot(y, num_classes, views, class_weights), held_out, ONE_CLASS)
+    return _fitted(features, *one_hot(y, num_classes, views, class_weights), held_out, softmax_loss)
 
 
 def one_hot(labels: Tensor, num_classes: int, views: int, class_weights: str | None) -> tuple[Tensor, Tensor]:
@@ -189,19 +182,19 @@ def class_folds(classes: np.ndarray, clusters: Tensor | None, turn: int = 0) -> 
     return fold
 
 
-def _fitted(features: Tensor, Y: Tensor, counts: Tensor, parts: Sequence, link: Link) -> Probe:
+def _fitted(features: Tensor, Y: Tensor, counts: Tensor, parts: Sequence, loss: Callable) -> Probe:
     """The probe for targets (N, K) whose scaling and strength have the smallest loss of the `parts` held out."""
     X = features.detach().cpu().float()
-    searches = {name: _search(X, scale(X), Y, counts, parts, link) for name, scale in SCALINGS.items()}
+    searches = {name: _search(X, scale(X), Y, counts, parts, loss) for name, scale in SCALINGS.items()}
     name = min(searches, key=lambda name: searches[name][0])
     if not parts and X.min() >= 0:
         name = "length"
-    loss, strength, held_out = searches[name]
-    weight, bias = fitted_at(X, Y, counts, name, strength, link)
-    return Probe(weight, bias, strength, held_out, name, loss / counts.sum().item())
+    total, strength, held_out = searches[name]
+    weight, bias = fitted_at(X, Y, counts, name, strength, loss)
+    return Probe(weight, bias, strength, held_out, name, total / counts.sum().item())
 
 
-def _search(X: Tensor, scaled: Scaled, Y: Tensor, counts: Tensor, parts: Sequence, link: Link) -> tuple:
+def _search(X: Tensor, scaled: Scaled, Y: Tensor, counts: Tensor, parts: Sequence, loss: Callable) -> tuple:
     """The smallest loss in cross-validation, with which strength, and the answers for what was held out, or None."""
     # Two strengths in a row that are worse than one before are the last. Each starts from the last one's weights.
     seen = (X - scaled.mean) / scaled.scale  # by a linear head
@@ -209,16 +202,16 @@ def _search(X: Tensor, scaled: Scaled, Y: Tensor, counts: Tensor, parts: Sequenc
     best = np.inf, 1.0, None
     worse = 0
     for strength in STRENGTHS if parts else ():
-        loss = 0.0
+        total = 0.0
         held_out = torch.full(Y.shape, torch.nan)
-        how = (strength, link, scaled.intercept)
+        how = (strength, loss, scaled.intercept)
         for i, (rest, part) in enumerate(parts):
             starts[i] = logistic(scaled.rows[rest], Y[rest], counts[rest], *how, starts[i], ROUGH_STEPS)
             logits = _logits(seen[part], starts[i])
-            loss += link.loss(logits, Y[part], counts[part]).item()
+            total += loss(logits, Y[part], counts[part]).item()
             held_out[part] = logits.float()
-        if loss < best[0]:
-            best = loss, float(strength), held_out
+        if total < best[0]:
+            best = total, float(strength), held_out
             worse = 0
         else:
             worse += 1
@@ -227,10 +220,12 @@ def _search(X: Tensor, scaled: Scaled, Y: Tensor, counts: Tensor, parts: Sequenc
     return best
 
 
-def fitted_at(X: Tensor, Y: Tensor, counts: Tensor, scaling: str, strength: float, link: Link) -> tuple[Tensor, Tensor]:
+def fitted_at(
+    X: Tensor, Y: Tensor, counts: Tensor, scaling: str, strength: float, loss: Callable
+) -> tuple[Tensor, Tensor]:
     """Weight (K, D) and bias (K,) of a linear head on features (N, D) as they are, for targets (N, K)."""
     scaled = SCALINGS[scaling](X)
-    weights = logistic(scaled.rows, Y, counts, strength, link, scaled.intercept)
+    weights = logistic(scaled.rows, Y, counts, strength, loss, scaled.intercept)
     return _unscaled(weights[:, :-1], weights[:, -1], scaled)
 
 
@@ -240,8 +235,9 @@ def _unscaled(weight: Tensor, bias: Tensor, scaled: Scaled) -> tuple[Tensor, Ten
     return weight.float(), (bias - weight @ scaled.mean.double()).float()
 
 
+@torch.enable_grad()
 def logistic(
-    X: Tensor, Y: Tensor, counts: Tensor, strength: float, link: Link, intercept: bool, start=None, steps=STEPS
+    X: Tensor, Y: Tensor, counts: Tensor, strength: float, loss: Callable, intercept: bool, start=None, steps=STEPS
 ) -> Tensor:
     """Weights and, in the last column, biases (K, D + 1) with the smallest penalised loss; 0 without an intercept."""
     from scipy.optimize import minimize
@@ -249,21 +245,18 @@ def logistic(
     shape = (Y.shape[1], X.shape[1] + 1)
     penalty = 1 / (strength * len(X))
 
-    def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
-        weights = torch.from_numpy(flat).view(shape)
-        logits = _logits(X, weights)
-        errors = counts * (link.shares(logits) - Y) / len(X)
-        gradient = torch.zeros(shape, dtype=torch.float64)
-        gradient[:, :-1] = (errors.float().T @ X).double() + penalty * weights[:, :-1]
-        if intercept:
-            gradient[:, -1] = errors.sum(0)
-        value = link.loss(logits, Y, counts) / len(X) + penalty / 2 * weights[:, :-1].square().sum()
-        return value.item(), gradient.numpy().ravel()
+    def cost(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        weights = torch.from_numpy(flat).view(shape).requires_grad_()
+        total = loss(_logits(X, weights), Y, counts) / len(X) + penalty / 2 * weights[:, :-1].square().sum()
+        [gradient] = torch.autograd.grad(total, weights)
+        if not intercept:
+            gradient[:, -1] = 0
+        return total.item(), gradient.numpy().ravel()
 
     begin = np.zeros(shape) if start is None else start.numpy()
     # SciPy's threads and PyTorch's wait for each other: eight times as long.
     with _libraries().limit(limits=1, user_api="blas"):
-        found = minimize(loss, begin.ravel(), jac=True, method="L-BFGS-B", options={"maxiter": steps, "gtol": 1e-4})
+        found = minimize(cost, begin.ravel(), jac=True, method="L-BFGS-B", options={"maxiter": steps, "gtol": 1e-4})
     return torch.from_numpy(found.x).view(shape)
 
 
@@ -317,7 +310,7 @@ def fit_one_vs_rest(features: Tensor, targets: Tensor, views=1, weights=None, cl
         counts *= torch.where(Y > 0.5, weights[1].cpu(), weights[0].cpu())
     counts.masked_fill_(Y.isnan(), 0)
     held_out = parts(_folds(strata(Y[: len(Y) // views]).tolist(), clusters), views)
-    return _fitted(features, Y.nan_to_num(), counts, held_out, EACH_LABEL)
+    return _fitted(features, Y.nan_to_num(), counts, held_out, sigmoid_loss)
 
 
 def fit_ridge(features: Tensor, targets: Tensor, views: int = 1, clusters: Tensor | None = None) -> Probe:

@@ -119,7 +119,7 @@ def last_head(images: Images, known: Labelled) -> Probe:
 def held_out_answers(images: Images, known: Labelled, plain: Probe, views: int, clusters) -> dict[str, Tensor]:
     """What probe and k-means answer for labelled images whose labels they do not know: (TURNS, n, K) each, or NaN."""
     classes = known.targets[: len(known.places) // views].argmax(1).numpy()
-    how = (plain.scaling, plain.strength, probe.ONE_CLASS)
+    how = (plain.scaling, plain.strength, probe.softmax_loss)
     found = {name: torch.full((TURNS, *known.targets.shape), torch.nan) for name in ("probe", "k-means")}
     for turn in range(TURNS):
         for rest, part in probe.parts(probe.class_folds(classes, clusters, turn), views, classes):
@@ -159,7 +159,7 @@ def distilled(images: Images, known: Labelled, answers: Tensor) -> tuple[Tensor,
     sure = (1 - doubt / math.log(soft.shape[1])).clamp_min(1e-9)
     counts = torch.cat([known.counts, sure * (OTHERS * known.counts.sum() / sure.sum())])
     targets = torch.cat([known.targets, soft])
-    return probe.fitted_at(images.rows, targets, counts, "deviation", DISTILLED, probe.ONE_CLASS)
+    return probe.fitted_at(images.rows, targets, counts, "deviation", DISTILLED, probe.softmax_loss)
 
 
 def foreign(images: Images, labelled: int, views: int = 1, clusters: Tensor | None = None) -> Tensor:
