@@ -56,10 +56,11 @@ def test_the_probe_is_scikit_learns_regression_on_standardised_features(monkeypa
     features, labels = clusters(classes, spread=4.0)
     labels[:30] = 1  # so that classes are not as frequent
     patients = torch.arange(len(labels)) // 6 if grouped else None
-    found = probe.fit_linear_probe(features, labels, classes, class_weights=weights, clusters=patients)
+    of_classes = compute_class_weight(weights, classes=np.arange(classes), y=labels.numpy())
+    of_loss = None if weights is None else torch.from_numpy(of_classes)
+    found = probe.fit_linear_probe(features, labels, classes, class_weights=of_loss, clusters=patients)
     strength = found.strength * (2 if classes == 2 else 1)  # of two weights it fits the difference, of twice the square
-    by_class = dict(enumerate(compute_class_weight(weights, classes=np.arange(classes), y=labels.numpy())))
-    reference = LogisticRegression(C=strength, class_weight=by_class, max_iter=500)
+    reference = LogisticRegression(C=strength, class_weight=dict(enumerate(of_classes)), max_iter=500)
     X = StandardScaler().fit_transform(features.numpy())
     expected = reference.fit(X, labels).predict_proba(X)
     np.testing.assert_allclose(answers(found, features).softmax(1).numpy(), expected, atol=1e-3)
@@ -102,7 +103,7 @@ def test_an_image_counts_as_much_as_all_its_augmented_views(monkeypatch):
     labels = torch.tensor([0, 1, 1]).repeat(5)
     _, counts = probe.one_hot(labels, 2, 5, None)
     assert counts[:, 0].tolist() == 3 * [1.0] + 12 * [0.25]
-    _, balanced = probe.one_hot(labels, 3, 5, "balanced")  # of the third there is none
+    _, balanced = probe.one_hot(labels, 3, 5, torch.tensor([1.5, 0.75, 9.0]))  # of the third there is none
     assert balanced[:6, 0].tolist() == [1.5, 0.75, 0.75, 0.375, 0.1875, 0.1875]
     for views in (1, 2):
         assert (probe.one_hot(labels[: 3 * views], 2, views, None)[1] == 1).all()

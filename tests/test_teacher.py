@@ -328,8 +328,8 @@ def test_at_the_end_the_head_is_estimated_by_what_the_trained_network_sees(taugh
     assert taught.estimate_head()
     head = probe.linear_head(taught.model)
     assert (head.weight == 2).all() and (head.bias == 1).all()
-    [features, labels, others, classes, views, balance] = asked.call_args.args
-    assert (len(features), len(others), classes, views, balance) == (30, 6, 3, 2, "balanced")
+    [features, labels, others, classes, views, weights] = asked.call_args.args
+    assert (len(features), len(others), classes, views) == (30, 6, 3, 2) and weights is taught.task.class_weights
     assert labels.tolist() == 2 * taught.loaders.images.train.labels
     views = taught.loaders.unlabelled_views(torch.arange(6))
     expected, _ = evaluation.all_outputs(taught.model, views, CPU, torch.float32)

@@ -272,5 +272,5 @@ def test_the_views_of_an_image_weigh_against_other_images_as_one():
     rows = torch.randn(12, 4), torch.tensor([0, 1, 1] * 4), torch.randn(5, 4)
     images, known = unlabelled.seen(*rows, 2, 4, None)
     assert known.counts[:, 0].tolist() == pytest.approx([1.0] * 3 + [1 / 3] * 9) and len(images.rows) == 17
-    _, known = unlabelled.seen(*rows, 2, 4, "balanced")
+    _, known = unlabelled.seen(*rows, 2, 4, torch.tensor([1.5, 0.75]))
     assert known.counts[:6, 0].tolist() == pytest.approx([3 / 2, 3 / 4, 3 / 4, 1 / 2, 1 / 4, 1 / 4])

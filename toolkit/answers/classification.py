@@ -125,10 +125,6 @@ class Classification(parts.SoftmaxObjective):
             weights = 1 / shares.where(counts > 0, 1.0).float()
         return cls(names, weights, args.label_smoothing)
 
-    @property
-    def balance(self) -> str | None:
-        return None if self.class_weights is None else "balanced"
-
     def record(self) -> None:
         return None  # a file without a task is of this one
 
@@ -143,21 +139,22 @@ class Classification(parts.SoftmaxObjective):
         return max(Counter(images.labels).values()) / len(images)
 
     def start(self, model, features, targets, views=1, clusters=None) -> probe.Probe:
-        fitted = probe.fit_linear_probe(features, targets, len(self.names), views, self.balance, clusters)
+        fitted = probe.fit_linear_probe(features, targets, len(self.names), views, self.class_weights, clusters)
         if fitted.held_out is not None:
             self.contradicted = choosing.contradicted(fitted.held_out, targets.cpu()[: len(targets) // views])
         return probe.set_head(model, fitted)
 
     def start_by_unlabelled(self, model, features, targets, unlabelled, fitted: probe.Probe, views, clusters) -> Start:
         """Set the head of `model` to the probe that was fitted, or to what `toolkit.answers.unlabelled.start` finds."""
-        images = seen(features, targets, unlabelled, len(self.names), views, self.balance)
+        images = seen(features, targets, unlabelled, len(self.names), views, self.class_weights)
         found = start(*images, fitted, views, clusters)
         probe.set_head(model, found.probe)
         return found
 
     def end_by_unlabelled(self, model, features, targets, unlabelled, views) -> None:
         """Set the head of `model`, which has trained on images without labels, to the one that their features show."""
-        probe.set_head(model, last_head(*seen(features, targets, unlabelled, len(self.names), views, self.balance)))
+        images = seen(features, targets, unlabelled, len(self.names), views, self.class_weights)
+        probe.set_head(model, last_head(*images))
 
     def columns(self, outputs: Tensor) -> dict[str, list[str]]:
         probabilities, classes = outputs.softmax(1).topk(min(TOP, len(self.names)))  # (N, classes) -> (N, TOP)

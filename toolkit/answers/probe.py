@@ -136,7 +136,7 @@ def fit_linear_probe(
     Args:
         features: (views * N, D): N images as they are, and behind them the same images once for each augmented view.
         labels: (views * N,), from 0 to K - 1.
-        class_weights: 'balanced': every class counts alike, however many images it has; None: every image.
+        class_weights: (K,), how much an image of each class counts; None: all alike.
         clusters: (N,), the number of each image's cluster, such as a patient, which is held out as one, as views are.
 
     The scaling and C have the smallest cross-validated log loss. Where there is nothing to validate on, as with a
@@ -148,12 +148,11 @@ def fit_linear_probe(
     return _fitted(features, *one_hot(y, num_classes, views, class_weights), held_out, softmax_loss)
 
 
-def one_hot(labels: Tensor, num_classes: int, views: int, class_weights: str | None) -> tuple[Tensor, Tensor]:
+def one_hot(labels: Tensor, num_classes: int, views: int, class_weights: Tensor | None) -> tuple[Tensor, Tensor]:
     """Targets (views * N, K) of labels (views * N,), and how much each row counts, (views * N, 1)."""
     counts = shares_of_views(len(labels), views)
     if class_weights is not None:
-        images = labels.bincount(minlength=num_classes)
-        counts[:, 0] *= len(labels) / (images > 0).sum() / images[labels]
+        counts[:, 0] *= class_weights.cpu()[labels]
     return F.one_hot(labels, num_classes).double(), counts
 
 

@@ -72,7 +72,7 @@ class Judged(NamedTuple):
 
 
 def seen(
-    features: Tensor, labels: Tensor, unlabelled: Tensor, classes: int, views=1, class_weights: str | None = None
+    features: Tensor, labels: Tensor, unlabelled: Tensor, classes: int, views=1, class_weights: Tensor | None = None
 ) -> tuple[Images, Labelled]:
     """All images, those with labels first, the others with features (M, D), and what is known of these."""
     known = Labelled(torch.arange(len(labels)), *probe.one_hot(labels.cpu(), classes, views, class_weights))
