@@ -212,19 +212,16 @@ class MultiLabel(parts.Task):
         return self.plain_loss(outputs, targets, self.weights[1].where(targets == 1, self.weights[0]))
 
     def plain_loss(self, outputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
-        known = ~targets.isnan()
         losses = F.binary_cross_entropy_with_logits(outputs, targets.nan_to_num(), weights, reduction="none")
-        return losses.masked_fill(~known, 0).sum() / outputs.shape[1]
+        return losses.masked_fill(targets.isnan(), 0).sum() / outputs.shape[1]
 
     def counts(self, images: data.LabelledImages) -> Mapping[int, int]:
         return dict(enumerate(images.targets.nansum(0).long().tolist()))
 
     def constant_loss(self, images: data.LabelledImages) -> float:
-        targets = images.targets
-        known = (~targets.isnan()).sum(0)
-        share = targets.nansum(0) / known.clamp_min(1)
+        share = images.targets.nanmean(0)
         entropies = torch.special.entr(share) + torch.special.entr(1 - share)
-        return (known * entropies).sum().item() / targets.numel()
+        return entropies.expand_as(images.targets).masked_fill(images.targets.isnan(), 0).mean().item()
 
     def answers(self, outputs: Tensor, targets: Tensor) -> LabelAnswers:
         return LabelAnswers(self.plain_loss(outputs, targets).item() / len(targets), outputs.sigmoid(), targets)
@@ -249,11 +246,7 @@ class MultiLabel(parts.Task):
     def fitted_temperature(self, outputs, targets, smoothing=0.0) -> float:
         constant = self.constant_logits.to(outputs.device)
         smoothed = torch.lerp(targets, torch.full_like(targets, 0.5), smoothing).double()
-
-        def loss(distances: Tensor) -> Tensor:
-            return self.plain_loss(distances + constant, smoothed) / len(targets)
-
-        return measures.fit_temperature(outputs - constant, loss)
+        return measures.fit_temperature(outputs - constant, lambda logits: self.plain_loss(logits + constant, smoothed))
 
     def calibrate(self, outputs, targets, temperature) -> None:
         """The thresholds are those that reach the goal on these views."""

@@ -209,11 +209,10 @@ def _search(X: Tensor, scaled: Scaled, Y: Tensor, counts: Tensor, parts: Sequenc
             logits = _logits(seen[part], starts[i])
             total += loss(logits, Y[part], counts[part]).item()
             held_out[part] = logits.float()
+        worse += 1
         if total < best[0]:
             best = total, float(strength), held_out
             worse = 0
-        else:
-            worse += 1
         if worse == 2:
             break
     return best

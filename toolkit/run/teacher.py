@@ -53,18 +53,15 @@ class Teacher:
         self.device = device
         self.dtype = dtype
         self.weights = {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
-        self.average: dict[str, Tensor] = {}
         self.first_answers = torch.full((images, classes), 1 / classes)  # (M, K): the probabilities at the start
-        self.certainty = torch.tensor(1 / classes, device=device)  # of the mean answer, lately
-        self.shares = torch.full((classes,), 1 / classes, device=device)  # of the classes in the answers, lately
-        self.seen = torch.zeros(classes + 2, device=device)  # sums over the answers of a step: see `after_step`
+        self.begin()
 
     def begin(self) -> None:
         """Begin with the present weights, by which the images have the `first_answers`."""
         self.average = {name: weight.clone() for name, weight in self.weights.items()}
-        self.certainty = self.first_answers.amax(1).mean().to(self.device)
-        self.shares = self.first_answers.mean(0).to(self.device)
-        self.seen.zero_()
+        self.certainty = self.first_answers.amax(1).mean().to(self.device)  # of the mean answer, lately
+        self.shares = self.first_answers.mean(0).to(self.device)  # of the classes in the answers, lately
+        self.seen = self.shares.new_zeros(len(self.shares) + 2)  # sums over the answers of a step: see `after_step`
 
     def knows_enough(self) -> bool:
         """Are the answers at the start, which are as sure as held-out labels allow, better than chance?"""
