@@ -201,9 +201,8 @@ _PLAIN_DTYPES |= {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
 
 def is_plain_tensor(value: Any) -> bool:
     """Can the value be copied into a parameter or buffer? 8-bit floats cannot: without scales they mean nothing."""
-    if not isinstance(value, torch.Tensor) or value.device.type != "cpu":  # such as meta, which holds no numbers
-        return False
-    return value.dtype in _PLAIN_DTYPES and value.layout == torch.strided
+    is_here = torch.is_tensor(value) and value.device.type == "cpu"  # and not on meta, which holds no numbers
+    return is_here and value.dtype in _PLAIN_DTYPES and value.layout == torch.strided
 
 
 def _check_format(path: Path) -> tuple[bool, set[str]]:

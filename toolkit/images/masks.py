@@ -325,11 +325,10 @@ def load_pairs(
 
 
 def _leave_out(problems: Sequence[InputError], skip_unreadable: bool) -> None:
-    if not problems:
-        return
-    if not skip_unreadable:
+    if problems and not skip_unreadable:
         raise InputError(*problems[0].args, f" (--skip-unreadable leaves out such pairs, {len(problems)} here)")
-    print(f"{len(problems)} pairs of image and mask cannot be used and are left out:")
+    if problems:
+        print(f"{len(problems)} pairs of image and mask cannot be used and are left out:")
     for error in problems:
         print(f"  {error.problem}")
 

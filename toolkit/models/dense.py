@@ -60,12 +60,9 @@ def finest(maps: Sequence[Tensor]) -> tuple[int, int]:
 
 def enlarged(features: Tensor, size: Sequence[int]) -> Tensor:
     """Maps (N, D, h, w) at another size, bilinearly."""
-    if not _is_exporting() and tuple(features.shape[2:]) == tuple(size):  # sizes that stay open are not compared
+    if not torch.compiler.is_compiling() and tuple(features.shape[2:]) == tuple(size):  # open sizes are not compared
         return features
     return F.interpolate(features, size=tuple(size), mode="bilinear")
-
-
-_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # from PyTorch 2.7 on
 
 
 def feature_maps(backbone: nn.Module, images: Tensor) -> list[Tensor]:

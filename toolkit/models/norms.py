@@ -141,8 +141,7 @@ def freeze_statistics(norm: nn.Module, freeze: bool, training: bool) -> None:
 
 
 # Within `constants_kept`, by the norm: what was given, and what came of it.
-Kept = MutableMapping[nn.Module, tuple[list, tuple[Tensor, Tensor]]]
-_kept: ContextVar[Kept | None] = ContextVar("kept", default=None)
+_kept: ContextVar[MutableMapping[nn.Module, tuple] | None] = ContextVar("kept", default=None)
 
 
 @contextlib.contextmanager
