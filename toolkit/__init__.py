@@ -63,7 +63,6 @@ def did_you_mean(name: Any, known: Collection[str]) -> str:
 
 
 def attributes(thing: Any, *names: str) -> dict[str, Any]:
-    """Some attributes of a thing, by their names."""
     return {name: getattr(thing, name) for name in names}
 
 

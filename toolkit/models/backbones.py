@@ -94,7 +94,6 @@ def first_convolution(model: nn.Module) -> str | None:
 
 
 def input_channels(model: nn.Module) -> int:
-    """How many channels a model's images have."""
     name = first_convolution(model)
     return 3 if name is None else model.get_submodule(name).in_channels
 

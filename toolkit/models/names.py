@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from toolkit import SHIPPED, InputError, did_you_mean, homed, optional_package, printable
-from toolkit.models.published import PUBLISHED, fetch, is_published
+from toolkit.models.published import PUBLISHED, fetched, is_published  # noqa: F401
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
 
@@ -112,13 +112,6 @@ NO_ARCH = "random weights have no architecture of their own"
 def checkpoint_path(text: str) -> Path:
     """What `--checkpoint` names: 'shipped', a path, or a published file, whose name stays until it is `fetched`."""
     return SHIPPED if text == "shipped" else homed(text)
-
-
-def fetched(checkpoint: Path | None) -> Path | None:
-    """The path of a checkpoint, which is downloaded if it is the name of a published one. Raises InputError."""
-    if checkpoint is not None and is_published(checkpoint.as_posix()):
-        return fetch(checkpoint.as_posix())
-    return checkpoint
 
 
 def is_none(path: str | os.PathLike) -> bool:

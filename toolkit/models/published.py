@@ -68,8 +68,11 @@ def described(checkpoint: str | Path, licence: str | None = None) -> dict[str, s
 NAMES: dict[Path, str] = {}  # of what was fetched, by its place on this machine: another one fetches it by its name
 
 
-def fetch(name: str) -> Path:
-    """The file of a published checkpoint, which is downloaded once. Raises InputError if that fails."""
+def fetched(checkpoint: Path | None) -> Path | None:
+    """The path of a checkpoint, which is downloaded, once, if it is the name of a published one. Raises InputError."""
+    if checkpoint is None or not is_published(checkpoint.as_posix()):
+        return checkpoint
+    name = checkpoint.as_posix()
     if name.startswith("hf:"):
         path = _from_hub(*name.removeprefix("hf:").split("/", 2))
     else:
