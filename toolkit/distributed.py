@@ -124,14 +124,13 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
             tensor.copy_(values)
 
 
-def parallel(model: nn.Module, device: torch.device) -> nn.Module:
+def parallel(model: nn.Module) -> nn.Module:
     """The model to call in training: it averages the gradients over the processes."""
     if world_size() == 1:
         return model
-    device_ids = [device.index] if device.type == "cuda" else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PyTorch 2.13 renames broadcast_buffers, which older ones need
-        return DistributedDataParallel(model, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def exchanging(model: nn.Module, is_last: bool) -> contextlib.AbstractContextManager:

@@ -10,6 +10,7 @@ import pickle
 import pickletools
 import re
 import zipfile
+from _compat_pickle import IMPORT_MAPPING  # of the names in Python 2, which pickles still use
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -254,7 +255,7 @@ def _check_pickle(file: IO[bytes]) -> set[str]:
         else:
             if op.name == "GLOBAL":
                 module, _, name = argument.partition(" ")
-                names.add(f"{_RENAMED_MODULES.get(module, module)}.{name}")
+                names.add(f"{IMPORT_MAPPING.get(module, module)}.{name}")
             parts = []
             for kind in reversed(op.stack_before):
                 if kind is pickletools.stackslice:  # all down to the mark
@@ -267,9 +268,6 @@ def _check_pickle(file: IO[bytes]) -> set[str]:
                 raise InputError("a tuple in it is nested too deeply, or holds the same values too often")
             stack += [size] * len(op.stack_after)
     return names
-
-
-_RENAMED_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # pickles still use the names of Python 2
 
 
 class _NumpyDtype:

@@ -12,7 +12,6 @@ import os
 import re
 import warnings
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -227,16 +226,15 @@ _HEADS = tuple(map("{}.".format, backbones.HEAD_NAMES))
 _BY_TIMM = {"densenet121": f"{TIMM}densenet121"}  # architectures that files name, and that only timm builds here
 
 
-@dataclass
-class _Source:
+class _Source(NamedTuple):
     """The content of a file, with tensors under the model's names."""
 
     path: str | os.PathLike
     layout: _Layout
     arch: str  # the one that was asked for, or that the file names, or else that its tensors' shapes imply
-    info: Mapping[str, Any] = field(default_factory=dict)  # what the file has around the tensors
-    weights: dict[str, torch.Tensor] = field(default_factory=dict)
-    dropped: list[str] = field(default_factory=list)
+    info: Mapping[str, Any]  # what the file has around the tensors
+    weights: dict[str, torch.Tensor]
+    dropped: list[str]
 
 
 def _identify(path: str | os.PathLike, wanted: str | None) -> _Source:
@@ -244,7 +242,7 @@ def _identify(path: str | os.PathLike, wanted: str | None) -> _Source:
     if is_none(path):
         if wanted is None:
             raise InputError(f"{names.NO_ARCH}: give an arch")
-        return _Source(path, _Layout(NO_CHECKPOINT, heads_certain=True), wanted)
+        return _Source(path, _Layout(NO_CHECKPOINT, heads_certain=True), wanted, {}, {}, [])
     tensors, info, layout, encoder, dropped = _recognise(path)
     arch = wanted or _BY_TIMM.get(str(info.get("arch")), str(info.get("arch")))
     is_timm = arch.startswith(TIMM)

@@ -59,7 +59,7 @@ class RunState:
         self.steps_read_together = training.STEPS_READ_TOGETHER.get(self.device.type, 1)
         self.schedule = optim.lr_schedule(optimizer, self.args.epochs * steps_per_epoch, warmup_steps)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.parallel = distributed.parallel(self.network, self.device)
+        self.parallel = distributed.parallel(self.network)
         if distributed.rank() > 0:
             devices.seed_everything(self.args.seed + distributed.rank())
         self.trained_entries |= {
