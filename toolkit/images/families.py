@@ -84,11 +84,9 @@ def _as_recorded(given: Scaling, channels: int, metadata: Mapping[str, Any], fil
     bands = values.pop("bands")
     if channels != len(values["mean"]) or (bands is None and values == normalization(metadata["arch"])):
         return given
-    chosen = given.bands
-    scale = given.scale
+    found = given._replace(mean=list(values["mean"]), std=list(values["std"]))
     if bands is not None:
-        chosen = chosen or list(bands.chosen) or None
-        scale = scale or bands.scale
+        found = found._replace(scale=given.scale or bands.scale, bands=given.bands or list(bands.chosen) or None)
     taken = "mean, std and bands" if given.scale else "scale, mean, std and bands"
     print(f"images: {taken} as in the pretraining, which {printable(Path(file).name)} says")
-    return Scaling(scale, list(values["mean"]), list(values["std"]), chosen)
+    return found
