@@ -142,17 +142,13 @@ class Evaluation(NamedTuple):
 
     def weighted(self, weights: Tensor) -> dict[str, Tensor]:
         """The means over classes, (n,), by weights of images (n, N): there is a better interval of the accuracy."""
-        means = measures.by_rows(self.class_means, weights, len(self.labels))
-        return {"balanced_accuracy": means[:, 0], "macro_f1": means[:, 1]}
-
-    def class_means(self, weights: Tensor) -> Tensor:
-        """The balanced accuracy and macro F1, means over classes, (n, 2), by weights of images (n, N)."""
         classes = int(torch.cat([self.labels, self.predictions]).max()) + 1
         hits = self.labels.where(self.labels == self.predictions, classes)  # a class more, which is left out
         sums = torch.zeros(len(weights), classes + 1, dtype=torch.float64)
         counts = [sums.index_add(1, of, weights.double()) for of in (hits, self.labels, self.predictions)]
         right, images, answers = torch.stack(counts)[..., :-1]
-        return torch.stack([(right / images).nanmean(1), (2 * right / (images + answers)).nanmean(1)], 1)
+        f1 = 2 * right / (images + answers)
+        return {"balanced_accuracy": (right / images).nanmean(1), "macro_f1": f1.nanmean(1)}
 
 
 def evaluate(model: nn.Module, loader: Iterable, device: torch.device, dtype=torch.float32) -> Evaluation:

@@ -27,12 +27,15 @@ class NumberAnswers(parts.ColumnAnswers):
     MEASURED = tuple(MEASURES)
 
     def weighted(self, weights: Tensor) -> dict[str, Tensor]:
-        return {name: self.by_number(name, weights).nanmean(1) for name in MEASURES}
+        return {name: figures[:, 0] for name, figures in self.by_number(weights).items()}
 
-    def by_number(self, name: str, weights: Tensor) -> Tensor:
-        """One of MEASURES for each number, (n, K), by weights of the images (n, N)."""
-        measure = MEASURES[name]
-        return torch.stack([measure(values, truth, weights[:, images]) for values, truth, images in self.known()], 1)
+    def by_number(self, weights: Tensor) -> dict[str, Tensor]:
+        """The means over the numbers, and behind each those numbers, (n, 1 + K), by weights of the images (n, N)."""
+        found = {}
+        for name, measure in MEASURES.items():
+            each = [measure(values, truth, weights[:, images]) for values, truth, images in self.known()]
+            found[name] = torch.stack([torch.stack(each).nanmean(0), *each], 1)
+        return found
 
 
 def number_text(number: float, spread: float, digits: int = 6) -> str:
@@ -76,12 +79,7 @@ class NumberReport(ColumnReport):
         return by
 
     def measure(self, weights: Tensor) -> dict[str, Tensor]:
-        """The means over the numbers, and behind each those numbers: (n, 1 + K)."""
-        found = {}
-        for name in MEASURES:
-            each = self.answers.by_number(name, weights)
-            found[name] = torch.cat([each.nanmean(1, keepdim=True), each], 1)
-        return found
+        return self.answers.by_number(weights)
 
     def intervals(self, i: int) -> dict[str, measures.Interval]:
         return {name: self.found[name][1 + i].interval for name in WITH_INTERVALS}
