@@ -270,7 +270,7 @@ def test_the_ridge_is_scikit_learns_on_standardised_features(images):
     found = probe.fit_ridge(features, numbers)
     X = StandardScaler().fit_transform(features.numpy())
     parts = probe.parts(probe._folds([0] * images, None), 1)
-    errors = dict.fromkeys(probe.RIDGES, 0.0)  # squared, of what is held out
+    errors = dict.fromkeys(probe.RIDGES.tolist(), 0.0)  # squared, of what is held out
     for truth, answered in zip(numbers.T.numpy(), answers(found, features).T.numpy(), strict=True):
         known = ~np.isnan(truth)
         reference = Ridge(alpha=found.strength).fit(X[known], truth[known])

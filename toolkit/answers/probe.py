@@ -18,7 +18,7 @@ from toolkit.models.backbones import head_name
 
 # Of scikit-learn's C, from strong regularisation to weak. By stronger ones a weak backbone's few images get chance.
 STRENGTHS = 10.0 ** np.arange(-3, 1.5, 0.5)
-RIDGES = 10.0 ** np.arange(-2, 7)  # penalties
+RIDGES = 10.0 ** torch.arange(-2, 7, dtype=torch.float64)  # penalties
 FOLDS = 3
 STEPS = 200  # of a fit, at the most
 ROUGH_STEPS = 12  # of one that compares strengths, each of which goes on from the last one
@@ -324,11 +324,11 @@ def fit_ridge(features: Tensor, targets: Tensor, views: int = 1, clusters: Tenso
     if errors.any():
         best = float(RIDGES[int(errors.argmin())])
         loss = errors.min().item() / len(Y)
-    [weight], [bias] = _ridges(X, Y, [best])
+    [weight], [bias] = _ridges(X, Y, X.new_tensor([best]))
     return Probe(*_unscaled(weight, bias, scaled), best, loss=loss)
 
 
-def _ridges(X: Tensor, Y: Tensor, penalties: Sequence[float]) -> tuple[Tensor, Tensor]:
+def _ridges(X: Tensor, Y: Tensor, penalties: Tensor) -> tuple[Tensor, Tensor]:
     """Weights (P, K, D) and biases (P, K) by the P penalties. Columns known for the same images are fitted together."""
     weights = X.new_zeros(len(penalties), Y.shape[1], X.shape[1])
     biases = X.new_zeros(len(penalties), Y.shape[1])
@@ -345,8 +345,7 @@ def _ridges(X: Tensor, Y: Tensor, penalties: Sequence[float]) -> tuple[Tensor, T
         wide = rows.shape[1] > rows.shape[0]  # then the images are the smaller problem
         values, vectors = torch.linalg.eigh(rows @ rows.T if wide else rows.T @ rows)
         turned = vectors.T @ (truth if wide else rows.T @ truth)
-        for weight, bias, penalty in zip(weights, biases, penalties, strict=True):
-            solved = vectors @ (turned / (values + penalty)[:, None])
-            weight[columns] = (rows.T @ solved if wide else solved).T
-            bias[columns] = mean - weight[columns] @ centre
+        solved = vectors @ (turned / (values + penalties[:, None])[..., None])  # (P, N or D, k)
+        weights[:, columns] = (rows.T @ solved if wide else solved).mT
+        biases[:, columns] = mean - weights[:, columns] @ centre
     return weights, biases

@@ -155,8 +155,7 @@ def standard_error(gains: Tensor, clusters: Tensor | None) -> float:
 def distilled(images: Images, known: Labelled, answers: Tensor) -> tuple[Tensor, Tensor]:
     """The weight and the bias of a linear head that learns the labels, and answers (R, K) for the other images."""
     soft = answers[len(known.places) :].double()
-    doubt = -(soft * soft.clamp_min(1e-9).log()).sum(1, keepdim=True)
-    sure = (1 - doubt / math.log(soft.shape[1])).clamp_min(1e-9)
+    sure = (1 - torch.special.entr(soft).sum(1, keepdim=True) / math.log(soft.shape[1])).clamp_min(1e-9)
     counts = torch.cat([known.counts, sure * (OTHERS * known.counts.sum() / sure.sum())])
     targets = torch.cat([known.targets, soft])
     return probe.fitted_at(images.rows, targets, counts, "deviation", DISTILLED, probe.softmax_loss)
