@@ -296,11 +296,11 @@ def spread(logits: Tensor) -> float:
 
 
 def fit_temperature(logits: Tensor, loss: Callable[[Tensor], Tensor]) -> float:
-    """What divides logits for the smallest loss (arXiv 1706.04599, section 4.2); 1 if they are all the same."""
+    """What divides logits for the smallest loss (arXiv 1706.04599, section 4.2); 1 if none differs."""
     from scipy.optimize import minimize_scalar
 
     logits = logits.double()  # rounding of the loss would blur its smallest value
-    spread = logits.std().item()
+    spread = logits.std().item() if logits.numel() else 0.0
     if not spread > 0:
         return 1.0
     bounds = (math.log(spread / 100), math.log(spread * 100))

@@ -134,10 +134,8 @@ def judge(logits: Tensor, labels: Tensor, views: int) -> Judged:
     """Answers (TURNS, views * N, K) for labels (views * N,): means over turns and views of what is answered."""
     is_known = logits.isfinite().all(2)
     labels = labels.expand(len(logits), -1)
-    temperature = 1.0
-    if is_known.any():
-        targets = labels[is_known]
-        temperature = measures.fit_temperature(logits[is_known], lambda logits: F.cross_entropy(logits, targets))
+    targets = labels[is_known]
+    temperature = measures.fit_temperature(logits[is_known], lambda logits: F.cross_entropy(logits, targets))
     losses = F.cross_entropy((logits / temperature).transpose(1, 2), labels, reduction="none")
     hits = torch.where(is_known, (logits.argmax(2) == labels).float(), torch.nan)
     by_image = [of.unflatten(1, (views, -1)).flatten(0, 1).nanmean(0) for of in (losses, hits)]

@@ -71,7 +71,6 @@ class RunState:
         }
 
     def trained(self) -> dict[str, Any]:
-        """The state that training changes, by key of `last.pth`."""
         return {key: entry.state_dict() for key, entry in self.trained_entries.items()}
 
     def restore(self, trained: dict[str, Any]) -> None:
@@ -97,8 +96,7 @@ class RunState:
     def resume(self, path: Path, free: Container[str]) -> None:
         """Go on where `last.pth` was written. Raises InputError as `state_of_same_run`."""
         state = state_of_same_run(self.args, path, self.state().keys(), self.identity, free)
-        self.restore(state)
-        for key, entry in self.other_entries.items():
+        for key, entry in (self.trained_entries | self.other_entries).items():
             entry.load_state_dict(state[key])
         print(f"resuming {path} after {self.done()}")
 
