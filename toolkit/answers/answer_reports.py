@@ -215,8 +215,7 @@ def plot_confusion(matrix: Any, names: Sequence[str], title: str, path: Path, fo
         axes.set_xticks(range(len(names)), titles, rotation=rotation)
         axes.set_yticks(range(len(names)), titles)
         middle = (matrix.min() + matrix.max()) / 2
-        for row, column in np.ndindex(matrix.shape):
-            value = matrix[row, column]
+        for (row, column), value in np.ndenumerate(matrix):
             color = "white" if value > middle else "black"
             axes.text(column, row, f"{value:{form}}", ha="center", va="center", color=color)
     save_figure(figure, path)

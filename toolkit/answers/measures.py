@@ -32,10 +32,10 @@ def share_interval(right: Tensor, clusters: Tensor | None = None) -> Interval:
     if clusters is not None:
         from scipy.special import stdtrit
 
-        number = int(clusters.max()) + 1
+        sums = clusters.bincount(right.double() - share)
+        number = len(sums)
         if number < 2:
             return 0.0, 1.0
-        sums = torch.zeros(number, dtype=torch.float64).index_add_(0, clusters, right.double() - share)
         variance = number / (number - 1) * sums.square().sum().item() / images**2
         effective = share * (1 - share) / variance if variance > 0 else number
         effective = min(images, effective) * (NORMAL / stdtrit(number - 1, 0.975)) ** 2
@@ -249,8 +249,7 @@ def mcnemar(first: Tensor, second: Tensor, clusters: Tensor) -> float:
     Each image that one of the two gets right is as likely for either (Psychometrika 12, 1947; exact); in clusters, as
     for `share_interval`, what one gains in a cluster (Fisher's permutation test of paired differences, 1935; exact).
     """
-    gains = second.long() - first.long()
-    gains = torch.zeros(int(clusters.max()) + 1, dtype=torch.long).index_add_(0, clusters, gains)
+    gains = clusters.bincount(second.double() - first.double()).long()
     sizes = gains.abs()
     chances = np.zeros(int(sizes.sum()) + 1)  # of each sum of those that are positive, where signs are by chance
     chances[0] = 1.0

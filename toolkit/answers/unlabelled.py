@@ -146,7 +146,7 @@ def standard_error(gains: Tensor, clusters: Tensor | None) -> float:
     """Of the mean of gains (N,), some NaN, whose images are independent, or their clusters."""
     deviations = (gains - gains.nanmean()).nan_to_num()
     if clusters is not None:
-        deviations = torch.zeros(int(clusters.max()) + 1).index_add(0, clusters.cpu(), deviations)
+        deviations = clusters.cpu().bincount(deviations)
     return (deviations.square().sum().sqrt() / gains.isfinite().sum()).item()
 
 
@@ -171,8 +171,7 @@ def foreign(images: Images, labelled: int, views: int = 1, clusters: Tensor | No
         clusters = torch.arange(len(own))
     clusters = clusters.cpu()
     alike = (own @ own.T).masked_fill(clusters[:, None] == clusters, -1)
-    of_others = standard[labelled:] @ own.T
-    return of_others.amax(1) < alike.amax(1).quantile(0.1)
+    return (standard[labelled:] @ own.T).amax(1) < alike.amax(1).quantile(0.1)
 
 
 def k_means(images: Images, known: Labelled) -> Tensor:
