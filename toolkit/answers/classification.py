@@ -96,11 +96,10 @@ class ClassReport(Report):
             yield i, f"{self.names[labels[i]]}, taken for {self.names[predictions[i]]} ({confidences[i]:.0%})"
 
     def answer_columns(self) -> dict[str, Sequence[Any]]:
-        answers = self.answers
         return {
-            "class": list(map(self.names.__getitem__, answers.labels.tolist())),
-            "answer": list(map(self.names.__getitem__, answers.predictions.tolist())),
-            "probability": list(map("{:.6f}".format, answers.confidences.tolist())),
+            "class": list(map(self.names.__getitem__, self.answers.labels.tolist())),
+            "answer": list(map(self.names.__getitem__, self.answers.predictions.tolist())),
+            "probability": list(map("{:.6f}".format, self.answers.confidences.tolist())),
         }
 
 

@@ -184,20 +184,19 @@ class MultiLabel(parts.Task):
 
     def __init__(self, names: Sequence[str], targets: Tensor | None = None, balanced=False, thresholds=None, goal="f1"):
         super().__init__(names)
-        labels = len(names)
         if targets is None:
-            targets = torch.full((1, labels), math.nan)
+            targets = torch.full((1, len(names)), math.nan)
         known = (~targets.isnan()).sum(0)
         self.positives = targets.nansum(0)  # (K,)
         self.shares = self.positives / known.clamp_min(1)
         both = torch.stack([known - self.positives, self.positives])
-        self.weights = torch.ones(2, labels)
+        self.weights = torch.ones(2, len(names))
         if balanced:  # a label's positives count as much as its negatives
             self.weights = (known / (2 * both)).where(both.amin(0) > 0, 1.0)
         odds = self.weights * (both + 0.5)
         self.constant_logits = (odds[1] / odds[0]).log()
         self.goal = goal
-        self.thresholds = torch.full((labels,), THRESHOLD) if thresholds is None else thresholds.float()
+        self.thresholds = torch.full((len(names),), THRESHOLD) if thresholds is None else thresholds.float()
 
     @classmethod
     def of_run(cls, names, train, args):

@@ -254,13 +254,12 @@ class Segmentation(SoftmaxObjective):
     def features(self, model, loader, device, dtype, images, balanced=True) -> tuple[Tensor, Tensor]:
         """Features (N P, D) and classes (N P,) of P pixels of each image, as the loss weighs it if `balanced`."""
         pixels = PROBE_ROWS // (2 * images)
-        of_backbone = functools.partial(feature_maps, model.backbone)
         rows = []
         classes = []
         with evaluation.eval_mode(model):
             for batch, masks in loader:
                 height, width = masks.shape[1:]
-                maps = evaluation.computed(of_backbone, batch, device, dtype)
+                maps = evaluation.computed(functools.partial(feature_maps, model.backbone), batch, device, dtype)
                 drawn = [self._drawn(mask, pixels, len(rows) + i, balanced) for i, mask in enumerate(masks)]
                 places = torch.stack(drawn)  # (N, P)
                 points = torch.stack([(places % width + 0.5) / width, (places // width + 0.5) / height], 2)
