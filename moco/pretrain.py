@@ -338,6 +338,7 @@ def load_images(args: PretrainOptions, read: bands.Bands | None) -> tuple[data.L
         labelled = splits[:2] if args.eval_split == "validation" else validation_part(images)
     if args.knn_dir:
         labelled = load_splits("imagefolder", args.knn_dir, skip_unreadable=args.skip_unreadable, bands=read)[:2]
+    data.keep_decoded(images, *labelled)
     return images, labelled
 
 

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from toolkit import distributed
 from toolkit.images import folders, shards, transforms
 from toolkit.images.bands import Bands
+from toolkit.images.kept import KEPT_BYTES
 
 UNLABELLED = -1  # the label of an image without one
 
@@ -47,7 +48,7 @@ class LabelledImages(Dataset):
     def __getitem__(self, i: int) -> tuple[Image.Image, int | torch.Tensor]:
         image, label = self.undecoded(i)
         if isinstance(image, Image.Image):
-            image = transforms.to_rgb(image)
+            image = transforms.decoded(image)
         return image, label
 
     def undecoded(self, i: int) -> tuple[Image.Image | np.ndarray, int | torch.Tensor]:
@@ -115,6 +116,14 @@ class LabelledImages(Dataset):
         if self.targets is not None:
             hashed.update(self.targets.numpy().tobytes())
         return hashed.hexdigest()
+
+
+def keep_decoded(*sets: LabelledImages | None) -> None:
+    """From now on decode the files of these images once each, as far as they fit into KEPT_BYTES."""
+    sources = {images.source for images in sets if images is not None and images.in_files}
+    total = sum(map(len, sources))
+    for source in sources:
+        source.keep(KEPT_BYTES * len(source) // total)
 
 
 def copies(images: LabelledImages, others: LabelledImages) -> dict[str, str]:

@@ -7,7 +7,9 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -17,6 +19,7 @@ from toolkit import InputError, listed, printable
 from toolkit.choices import EVALUATION_NAMES
 from toolkit.images import dicom, remote
 from toolkit.images.bands import ARRAY_SUFFIXES, Bands, WrongBands, decoded, open_image
+from toolkit.images.kept import KeptArrays
 
 # The first frame of an animated file is the image.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif", ".jp2")
@@ -33,6 +36,7 @@ class ImageFiles(Dataset):
         self.folder = str(folder)
         self.names = list(names)  # paths relative to the folder, with / between the parts
         self.bands = bands  # what is read of files that are no RGB photographs
+        self.kept: KeptArrays | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -40,9 +44,31 @@ class ImageFiles(Dataset):
     def __getitem__(self, i: int) -> Image.Image | np.ndarray:
         """Raises InputError for a file that is no image."""
         with named_faults(self.path(i)):
-            if self.bands is None:
-                return self.opened(i)
-            return self.bands.picked(decoded(self.content(i)))
+            if self.kept is None:
+                return self.fresh(i)
+            array = self.kept.get(i, 0)
+            if array is not None:
+                return Image.fromarray(array) if self.bands is None else array
+            image = self.fresh(i)
+            if self.bands is not None:
+                self.kept.put(i, 0, image)
+            else:
+                image.once = partial(self.kept.once, i)  # for `transforms.decoded`
+            return image
+
+    def fresh(self, i: int) -> Image.Image | np.ndarray:
+        if self.bands is None:
+            return self.opened(i)
+        return self.bands.picked(decoded(self.content(i)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"kept": None}  # a process that is not forked has none of this memory
+
+    def keep(self, room: int) -> None:
+        """From now on decode each image once, and keep it in memory, up to `room` bytes of all."""
+        kind = () if self.bands is None else (self.bands.channels, np.float32)
+        with contextlib.suppress(OSError):
+            self.kept = KeptArrays(len(self), room, *kind)
 
     def opened(self, i: int) -> Image.Image:
         return open_image(self.path(i))

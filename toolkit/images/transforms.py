@@ -50,6 +50,20 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def decoded(image: Image.Image, reduction: int = 1) -> Image.Image:
+    """An open image in RGB, a JPEG as it was drafted, at 1 / reduction of its size; from memory if it is kept there."""
+    once = vars(image).get("once")  # from `ImageFiles`
+    if once is None:
+        return to_rgb(image)
+    version = reduction.bit_length() if _is_jpeg(image) else 0
+    return Image.fromarray(once(version, lambda: np.asarray(to_rgb(image))))
+
+
+def _is_jpeg(image: Image.Image) -> bool:
+    """Only these show their upright size, and can be reduced, undecoded."""
+    return image.format in ("JPEG", "MPO")
+
+
 def _name_of(image: Image.Image | np.ndarray | str | os.PathLike) -> str:
     """What messages call an image."""
     if isinstance(image, str | os.PathLike):
@@ -98,9 +112,9 @@ def render(image: Image.Image, views: Sequence[View]) -> list[torch.Tensor]:
     if isinstance(image, np.ndarray):
         height, width = image.shape[:2]
         return [view.steps(_resized(image, *view.place(width, height)[:2])) for view in views]
-    is_jpeg = image.format in ("JPEG", "MPO")  # only these show their upright size, and can be reduced, undecoded
+    is_jpeg = _is_jpeg(image)
     if not is_jpeg:
-        image = to_rgb(image)
+        image = decoded(image)
     turned = orientation(image)  # 1 unless it is a JPEG
     width, height = image.size if turned < 5 else image.size[::-1]
     places = [view.place(width, height) for view in views]
@@ -115,7 +129,7 @@ def render(image: Image.Image, views: Sequence[View]) -> list[torch.Tensor]:
                 reduction = factor
         if image.draft(None, (image.width // reduction, image.height // reduction)) is None:
             reduction = 1  # it is decoded already
-        image = to_rgb(image)
+        image = decoded(image, reduction)
     return [view.steps(_resized(image, *place[:2], reduction)) for place, view in zip(places, views, strict=True)]
 
 

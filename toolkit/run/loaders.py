@@ -38,7 +38,9 @@ def load_images(args: options.FineTuneOptions, read: Bands | None) -> Splits:
     if TRUTHS[args.task] == "mask":
         reader = masks.MaskReader(masks.read_classes(args.classes), args.unknown_value)
     where = options.image_sources(args, read)
-    return load_splits(**where, labels_per_class=args.labels_per_class, seed=args.seed, masks=reader)
+    splits = load_splits(**where, labels_per_class=args.labels_per_class, seed=args.seed, masks=reader)
+    data.keep_decoded(splits.train, splits.val, splits.unlabelled)
+    return splits
 
 
 def steps_of_epoch(args: options.FineTuneOptions, images: Splits) -> int:
