@@ -4,6 +4,7 @@ A case is a title, a command, what its message must name, and the files that lie
 `workplace`. At the end are the files and images that are odd and must work, and files of strangers that would do harm.
 """
 
+import gc
 import json
 import os
 import re
@@ -477,6 +478,9 @@ def test_of_several_processes_one_reports_a_mistake_and_main_what_the_others_fin
     with pytest.raises(SystemExit, match="2"):
         check_command_line(read_options, "")
     assert capsys.readouterr().err.startswith("error: ")
+    assert not gc.isenabled()  # until packages are loaded
+    runs.run_script(lambda: None)
+    assert gc.isenabled()
 
 
 # --------------------------------------------------------------------------------------------- odd input that must work
