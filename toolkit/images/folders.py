@@ -7,7 +7,6 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,7 @@ class ImageFiles(Dataset):
             if self.bands is not None:
                 self.kept.put(i, 0, image)
             else:
-                image.once = partial(self.kept.once, i)  # for `transforms.decoded`
+                image.kept = self.kept, i  # for `transforms.decoded`
             return image
 
     def fresh(self, i: int) -> Image.Image | np.ndarray:

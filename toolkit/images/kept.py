@@ -2,7 +2,6 @@
 
 import mmap
 import multiprocessing
-from collections.abc import Callable
 
 import numpy as np
 
@@ -47,11 +46,3 @@ class KeptArrays:
             self.used[0] += array.nbytes
             self.places[image, version] = first, *array.shape[:2]
         self.lock.release()
-
-    def once(self, image: int, version: int, make: Callable[[], np.ndarray]) -> np.ndarray:
-        """What `make` returns, which is called unless that is here."""
-        array = self.get(image, version)
-        if array is None:
-            array = make()
-            self.put(image, version, array)
-        return array

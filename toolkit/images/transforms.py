@@ -52,11 +52,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def decoded(image: Image.Image, reduction: int = 1) -> Image.Image:
     """An open image in RGB, a JPEG as it was drafted, at 1 / reduction of its size; from memory if it is kept there."""
-    once = vars(image).get("once")  # from `ImageFiles`
-    if once is None:
+    kept, i = vars(image).get("kept", (None, 0))  # from `ImageFiles`
+    if kept is None:
         return to_rgb(image)
     version = reduction.bit_length() if _is_jpeg(image) else 0
-    return Image.fromarray(once(version, lambda: np.asarray(to_rgb(image))))
+    array = kept.get(i, version)
+    if array is None:
+        array = np.asarray(to_rgb(image))
+        kept.put(i, version, array)
+    return Image.fromarray(array)
 
 
 def _is_jpeg(image: Image.Image) -> bool:
