@@ -5,11 +5,12 @@ A random head's gradients would distort features before the head has learnt anyt
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from threadpoolctl import ThreadpoolController
 from torch import Tensor, nn
 
 from toolkit import distributed
@@ -258,12 +259,8 @@ def logistic(
     return torch.from_numpy(found.x).view(shape)
 
 
-@functools.cache
-def _libraries() -> Any:
-    """The thread pools of the libraries that SciPy has loaded: finding them takes as long as a small fit."""
-    from threadpoolctl import ThreadpoolController
-
-    return ThreadpoolController()
+# The thread pools of the libraries that SciPy has loaded by then: finding them takes as long as a small fit.
+_libraries = functools.cache(ThreadpoolController)
 
 
 def _logits(X: Tensor, weights: Tensor) -> Tensor:

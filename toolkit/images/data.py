@@ -48,7 +48,7 @@ class LabelledImages(Dataset):
     def __getitem__(self, i: int) -> tuple[Image.Image, int | torch.Tensor]:
         image, label = self.undecoded(i)
         if isinstance(image, Image.Image):
-            image = transforms.decoded(image)
+            image = transforms.decoded(image, 1)
         return image, label
 
     def undecoded(self, i: int) -> tuple[Image.Image | np.ndarray, int | torch.Tensor]:

@@ -50,22 +50,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def decoded(image: Image.Image, reduction: int = 1) -> Image.Image:
-    """An open image in RGB, a JPEG as it was drafted, at 1 / reduction of its size; from memory if it is kept there."""
+def decoded(image: Image.Image, reduction: int) -> Image.Image:
+    """An open image in RGB, from memory if it is kept: a JPEG as drafted, at 1 / reduction of its size; 0: no JPEG."""
     kept, i = vars(image).get("kept", (None, 0))  # from `ImageFiles`
     if kept is None:
         return to_rgb(image)
-    version = reduction.bit_length() if _is_jpeg(image) else 0
-    array = kept.get(i, version)
+    array = kept.get(i, reduction.bit_length())
     if array is None:
         array = np.asarray(to_rgb(image))
-        kept.put(i, version, array)
+        kept.put(i, reduction.bit_length(), array)
     return Image.fromarray(array)
-
-
-def _is_jpeg(image: Image.Image) -> bool:
-    """Only these show their upright size, and can be reduced, undecoded."""
-    return image.format in ("JPEG", "MPO")
 
 
 def _name_of(image: Image.Image | np.ndarray | str | os.PathLike) -> str:
@@ -116,9 +110,9 @@ def render(image: Image.Image, views: Sequence[View]) -> list[torch.Tensor]:
     if isinstance(image, np.ndarray):
         height, width = image.shape[:2]
         return [view.steps(_resized(image, *view.place(width, height)[:2])) for view in views]
-    is_jpeg = _is_jpeg(image)
+    is_jpeg = image.format in ("JPEG", "MPO")  # only these show their upright size, and can be reduced, undecoded
     if not is_jpeg:
-        image = decoded(image)
+        image = decoded(image, 0)
     turned = orientation(image)  # 1 unless it is a JPEG
     width, height = image.size if turned < 5 else image.size[::-1]
     places = [view.place(width, height) for view in views]
