@@ -66,7 +66,7 @@ class ImageFiles(Dataset):
     def keep(self, room: int) -> None:
         """From now on decode each image once, and keep it in memory, up to `room` bytes of all."""
         kind = () if self.bands is None else (self.bands.channels, np.float32)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # the machine does not give so much
             self.kept = KeptArrays(len(self), room, *kind)
 
     def opened(self, i: int) -> Image.Image:

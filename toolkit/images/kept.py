@@ -10,18 +10,15 @@ VERSIONS = 5  # of an image: as it is, or a JPEG decoded at 1, 1/2, 1/4, 1/8 of 
 
 
 class KeptArrays:
-    """Arrays (H, W, channels), as far as there is room, by an image's number and version. Forked processes share them.
-
-    Raises OSError where the machine does not give so many bytes.
-    """
+    """Arrays (H, W, channels) by an image's number and version, while there is room. Forked processes share them."""
 
     def __init__(self, images: int, room: int, channels: int = 3, dtype: type = np.uint8):
         self.channels = channels
         self.dtype = np.dtype(dtype)
         self.memory = mmap.mmap(-1, room)  # what is never written to takes no memory
-        self.used = np.frombuffer(mmap.mmap(-1, 8), np.int64)  # bytes, (1,)
-        places = np.frombuffer(mmap.mmap(-1, 24 * VERSIONS * images), np.int64)
-        self.places = places.reshape(images, VERSIONS, 3)  # first byte, height, width; all 0: it is not here
+        self.used = np.ndarray(1, np.int64, mmap.mmap(-1, 8))  # bytes
+        places = mmap.mmap(-1, 24 * VERSIONS * images)
+        self.places = np.ndarray((images, VERSIONS, 3), np.int64, places)  # first byte, height, width; 0: none
         # Nobody waits for it: a process that was killed may have left it locked.
         self.lock = multiprocessing.Lock()
 
@@ -33,16 +30,14 @@ class KeptArrays:
         self.lock.release()
         if height == 0:
             return None
-        values = np.frombuffer(self.memory, self.dtype, height * width * self.channels, first)
-        return values.reshape(height, width, self.channels).copy()
+        return np.ndarray((height, width, self.channels), self.dtype, self.memory, first).copy()
 
     def put(self, image: int, version: int, array: np.ndarray) -> None:
-        """Keep an array, if there is room."""
         if not self.lock.acquire(block=False):
             return
         first = int(self.used[0])
         if first + array.nbytes <= len(self.memory):
-            np.frombuffer(self.memory, self.dtype, array.size, first)[:] = array.ravel()
+            np.ndarray(array.shape, self.dtype, self.memory, first)[:] = array
             self.used[0] += array.nbytes
             self.places[image, version] = first, *array.shape[:2]
         self.lock.release()
