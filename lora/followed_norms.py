@@ -114,7 +114,7 @@ def principal_components(rows: Tensor, number: int) -> Tensor:
     varies = rows.abs().amax(0) > 0
     own = rows[rows.abs().amax(1) > 0][:, varies].double()
     number = min(number, *rows.shape)
-    if len(own) < own.shape[1]:
+    if len(own) < own.shape[1]:  # of both products the smaller is decomposed
         _, turned = torch.linalg.eigh(own @ own.T)  # in ascending order
         found = turned.T[-number:] @ own
     else:

@@ -9,7 +9,7 @@ import torch
 from PIL import ExifTags, Image
 
 from moco import pretrain
-from toolkit.images import data, folders, kept, transforms
+from toolkit.images import data, folders, transforms
 from toolkit.images.bands import Bands
 from toolkit.images.kept import KeptArrays
 
@@ -77,13 +77,12 @@ def test_whole_images_of_masks_are_kept_too(files):
     assert np.array_equal(files.kept.get(2, version), whole) and files.kept.get(1, version) is None
 
 
-def test_sets_share_the_room_by_their_sizes(monkeypatch, tmp_path):
-    monkeypatch.setattr(kept, "KEPT_BYTES", 4_000)
+def test_sources_share_the_room_alike_however_few_of_their_images_are_used(monkeypatch, tmp_path):
     monkeypatch.setattr(data, "KEPT_BYTES", 4_000)
     few, many = (folders.ImageFiles(tmp_path, ["x.png"] * count) for count in (1, 3))
     parts = data.LabelledImages(many).split(np.array([True, False, False]))  # of one source
     data.keep_decoded(*parts, data.LabelledImages(few), data.LabelledImages(torch.zeros(2)))
-    assert [len(few.kept.memory), len(many.kept.memory)] == [1_000, 3_000]
+    assert [len(few.kept.memory), len(many.kept.memory)] == [2_000, 2_000]
 
 
 def test_runs_of_both_stages_keep_what_they_decode(start, images):

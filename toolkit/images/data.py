@@ -122,7 +122,7 @@ def keep_decoded(*sets: LabelledImages | None) -> None:
     """From now on decode the files of these images once each, as far as they fit into KEPT_BYTES."""
     sources = {images.source for images in sets if images is not None and images.in_files}
     for source in sources:
-        source.keep(KEPT_BYTES * len(source) // sum(map(len, sources)))
+        source.keep(KEPT_BYTES // len(sources))
 
 
 def copies(images: LabelledImages, others: LabelledImages) -> dict[str, str]:

@@ -35,7 +35,7 @@ class ImageFiles(Dataset):
         self.folder = str(folder)
         self.names = list(names)  # paths relative to the folder, with / between the parts
         self.bands = bands  # what is read of files that are no RGB photographs
-        self.kept: KeptArrays | None = None
+        self.kept: KeptArrays | None = None  # what was decoded since `keep` was called
 
     def __len__(self) -> int:
         return len(self.names)
