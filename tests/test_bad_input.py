@@ -24,6 +24,7 @@ from PIL import Image
 import deploy_lora
 import finetune_lora
 from moco import pretrain
+from tests import image_files
 from tests.checkpoint_files import torch_file
 from tests.image_files import bytes_of, png_of, tar_of
 from toolkit import InputError, choices
@@ -95,13 +96,10 @@ def copy_of(file: str):
 def write(folder: Path, files: dict) -> None:
     """Files by name: text, bytes, or a function that makes the bytes; a name that ends in / is an empty folder."""
     for name, content in files.items():
-        path = folder / name
         if name.endswith("/"):
-            path.mkdir(parents=True)
-            continue
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = content() if callable(content) else content
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
+            (folder / name).mkdir(parents=True)
+        else:
+            image_files.write(folder / name, content() if callable(content) else content)
 
 
 def classes(*names: str, folder: str = "mine", count: int = 2) -> dict[str, bytes]:

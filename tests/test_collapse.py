@@ -163,6 +163,7 @@ def test_small_images_are_answered_in_larger_batches_unless_norms_depend_on_them
 def test_an_epoch_is_judged_at_a_believable_temperature_that_training_does_not_see(start, hospital, options):
     run = start(options.format(hospital))
     run.start()
+    assert (run.head_temperature.spread is None) == bool(options)  # of overlaid images: of a probe of classes alone
     run.head_temperature = run.head_temperature._replace(optimism=3.0)
     run.evaluate_watched()
     head = probe.linear_head(run.model)
@@ -212,50 +213,40 @@ def test_overlaid_images_are_answered_as_surely_as_by_the_probe(start, monkeypat
     head.bias.data.mul_(100)
     views = evaluation.all_outputs(run.network, run.loaders.augmented, run.device)
     fitted = run.task.believable_temperature(*views, 1.0)
-    run.head_temperature = run.head_temperature._replace(optimism=3.0)
+    softness = run.head_temperature._replace(optimism=3.0)
+    for spread in (None, 0.0):  # where the probe says nothing of them the views alone do
+        run.head_temperature = softness._replace(spread=spread)
+        assert run.calibrate() and run.task.temperature == pytest.approx(3 * fitted, rel=1e-3)
+        run.task.soften(run.model, 1 / run.task.temperature)
+    run.head_temperature = softness
     monkeypatch.setattr(tasks, "SURE_IMAGES", 2 * len(run.splits.train))  # a third of the say is the views'
     assert run.calibrate()
     assert run.task.temperature == pytest.approx((3 * fitted) ** (1 / 3) * 100 ** (2 / 3), rel=1e-3)
     run.task.soften(run.model, 1 / run.task.temperature)
-    run.head_temperature = run.head_temperature._replace(optimism=None)  # of a probe of one image a class
+    run.head_temperature = softness._replace(optimism=None)  # of a probe of one image a class
     assert run.calibrate() and run.task.temperature == pytest.approx(100, rel=1e-3)
-    run.head_temperature = run.head_temperature._replace(optimism=3.0)
+    run.head_temperature = softness
     head.weight.data.zero_()  # a constant answer says nothing of how sure it may be
     head.bias.data.zero_()
     run.calibrate()
     assert run.task.temperature == 3
-
-
-@pytest.mark.parametrize("spread", [None, 0.0])
-def test_views_alone_calibrate_where_the_probe_says_nothing_of_overlaid_images(start, spread):
-    run = start()
-    run.start()
-    views = evaluation.all_outputs(run.network, run.loaders.augmented, run.device)
-    run.head_temperature = run.head_temperature._replace(spread=spread)
-    assert run.calibrate()
-    expected = run.task.believable_temperature(*views, run.head_temperature.optimism)
-    assert run.task.temperature == pytest.approx(expected, rel=1e-3)
-
-
-@pytest.mark.parametrize("options", ["--head-init random", OF_LABELS])
-def test_only_a_probe_of_classes_is_asked_about_overlaid_images(start, hospital, options):
-    run = start(options.format(hospital))
+    run = start("--head-init random")  # by no probe
     run.start()
     assert run.head_temperature.spread is None
 
 
-def test_the_guards_images_are_laid_one_over_another(start):
-    run = start()
+def test_the_guard_watches_several_views_of_few_images_and_these_laid_one_over_another(start, monkeypatch):
+    """Norms follow adapters by the images as they are."""
+    monkeypatch.setattr(guard, "WATCHED_VIEWS", 128)
+    run = start("--augmentation crop --batch-size 21")
     run.start()
+    assert len(run.splits.train) == 21 and run.guard.images == len(run.loaders.watched_images) == 126
+    assert run.evaluate_watched().loss == run.evaluate_watched().loss  # the same views
     [(images, _)] = run.loaders.watched
     halves = (images[0] + images[-1]) / 2
     [(overlaid, _)] = evaluation.overlaid(run.loaders.watched)
     torch.testing.assert_close(overlaid[[0, -1]], torch.stack([halves, halves]))
     torch.testing.assert_close(run.overlaid_outputs()[-1:], run.model.eval()(halves[None]))
-
-
-def test_norms_follow_adapters_by_images_as_they_are(start):
-    run = start("--augmentation crop --batch-size 21")
     [followed] = run.loaders.followed_batches()
     plain = Transformed(run.splits.train, run.loaders.eval_transform)
     torch.testing.assert_close(followed, torch.stack([image for image, _ in plain]))
@@ -321,13 +312,6 @@ def test_losses_are_held_against_all_training_images_and_scores_against_the_watc
     train = LabelledImages([None] * 4, [0, 0, 1, 1])
     judge = Guard(Classification(["cat", "dog"]), train, train.subset([0, 1, 2]))
     assert (judge.constant_loss, judge.constant_score) == (pytest.approx(math.log(2)), 2 / 3)
-
-
-def test_few_training_images_are_watched_in_several_views(start, monkeypatch):
-    monkeypatch.setattr(guard, "WATCHED_VIEWS", 128)
-    run = start()
-    assert len(run.splits.train) == 21 and run.guard.images == len(run.loaders.watched_images) == 126
-    assert run.evaluate_watched().loss == run.evaluate_watched().loss  # the same views
 
 
 def test_training_that_harms_the_probe_keeps_the_probe(start, monkeypatch):

@@ -193,8 +193,7 @@ def test_runs_that_differ_by_their_seed_share_a_row_of_the_table(tmp_path, capsy
     def result(name: str, score: float | None, chosen_by: dict | None = None, **settings) -> Path:
         found = {"task": "classification", "val_accuracy": score, "val_images": 30, "chosen_by": chosen_by or {}}
         found["config"] = {"model": {"arch": "vit_mini"}, "finetune": settings}
-        (tmp_path / f"{name}.json").write_text(json.dumps(found))
-        return tmp_path / f"{name}.json"
+        return write(tmp_path / f"{name}.json", json.dumps(found))
 
     typed = result("typed", 0.7, seed=0, learning_rate=1e-3)
     searched = result("searched", 0.8, {"learning rate": "trials"}, seed=1, learning_rate=1e-3)
@@ -203,8 +202,7 @@ def test_runs_that_differ_by_their_seed_share_a_row_of_the_table(tmp_path, capsy
 
     scores = {(8, 0): 0.7, (8, 1): 0.8, (4, 0): 0.6}
     paths = [result(f"{rank} {seed}", score, lora_rank=rank, seed=seed) for (rank, seed), score in scores.items()]
-    evaluated = tmp_path / "evaluated.json"
-    evaluated.write_text(json.dumps({"task": "classification", "accuracy": 0.9, "images": 30}))
+    evaluated = write(tmp_path / "evaluated.json", '{"task": "classification", "accuracy": 0.9, "images": 30}')
     assert deploy_lora.main(["compare", *map(str, [*paths, evaluated])]) == [
         ("0.9000", f"1 of {evaluated}; "),
         ("0.7500 ± 0.0707", f"2 of {paths[0]}; lora_rank 8"),
@@ -213,7 +211,7 @@ def test_runs_that_differ_by_their_seed_share_a_row_of_the_table(tmp_path, capsy
     assert "0.7500 ± 0.0707" in capsys.readouterr().out
     assert comparison.table_of_runs([paths[0], paths[0]]) == [("0.7000", f"1 of {paths[0]}; ")]  # one run, named twice
     assert len(comparison.table_of_runs([result("not defined", None), *paths])) == 2
-    evaluated.write_text(json.dumps({"task": "classification", "accuracy": 0.9, "images": 31}))
+    evaluated.write_text('{"task": "classification", "accuracy": 0.9, "images": 31}')
     with pytest.raises(InputError, match="classification of 30 images, classification of 31 images: compare results"):
         comparison.table_of_runs([evaluated, *paths])
     (tmp_path / "runs.csv").touch()

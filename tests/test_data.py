@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from tests.image_files import save_image
+from tests.image_files import save_image, write
 from tests.run_folders import assert_identical
 from toolkit import InputError
 from toolkit.images import data, folders, sources, transforms
@@ -158,8 +158,7 @@ def test_images_without_labels(tmp_path):
     write_images(tmp_path / "flat", ["a", "b", "c", "deeper/still/d"])
     two_classes(tmp_path, "parted/train", "parted/test")
     write_images(tmp_path / "unpaired/images")
-    (tmp_path / "unpaired/annotations").mkdir()
-    (tmp_path / "unpaired/annotations/instances.json").write_text("{}")  # which are no masks
+    write(tmp_path / "unpaired/annotations/instances.json", "{}")  # which are no masks
     assert len(sources.load_unlabelled(tmp_path / "unpaired")) == 3
     (tmp_path / "list.txt").write_text("flat/a.png\nflat/b.png\n")
     flat = sources.load_unlabelled(tmp_path / "flat")

@@ -18,7 +18,7 @@ from PIL import Image
 import deploy_lora
 from finetune_lora import load_base
 from tests.conftest import CLASSES, save_adapter
-from tests.image_files import write
+from tests.image_files import save_image, write
 from toolkit import SHIPPED, InputError
 from toolkit.answers import demo
 from toolkit.answers.report_page import html_table
@@ -47,8 +47,7 @@ def adapter(request, tmp_path) -> Path:
 def image(tmp_path) -> Path:
     levels = np.random.RandomState(0).randint(0, 256, (60, 80, 3)).astype(np.uint8)
     levels[:, 40:] //= 4
-    Image.fromarray(levels).save(tmp_path / "dropped.png")
-    return tmp_path / "dropped.png"
+    return save_image(tmp_path / "dropped.png", levels)
 
 
 @pytest.fixture
@@ -96,10 +95,9 @@ def test_the_page_says_what_predict_says_and_shows_what_explain_shows(adapter, i
 @pytest.mark.parametrize("adapter", ["masks"], indirect=True)
 def test_a_mask_lies_over_the_whole_image(adapter, image, drop, tmp_path):
     """Of a large one over some of its pixels."""
-    high = str(tmp_path / "high.png")
-    Image.new("RGB", (32, 2001)).save(high)
+    high = save_image(tmp_path / "high.png", Image.new("RGB", (32, 2001)))
     dropped = [(str(image), of) for of in (None, 0, 1, 2)]
-    [said, (picture, _), (heat, _)], *others, [_, (some, _), _] = drop(*dropped, (high, None))
+    [said, (picture, _), (heat, _)], *others, [_, (some, _), _] = drop(*dropped, (str(high), None))
     assert some.shape == (667, 11, 3)
     deploy_lora.main(["predict", str(adapter), str(image), "--device", "cpu", "--output", str(tmp_path / "masks")])
     mask = np.asarray(Image.open(tmp_path / "masks/dropped.png"))

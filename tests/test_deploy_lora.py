@@ -160,32 +160,34 @@ def test_answers_in_parts_go_on_where_they_were_stopped(adapter, images, tmp_pat
 def plain(images, tmp_path) -> Path:
     """A list of the 15 evaluation images."""
     rows = [f"{path},{path.parent.name}" for path in sorted((images / "val").glob("*/*.png"))]
-    (tmp_path / "plain.csv").write_text("\n".join(rows))
-    return tmp_path / "plain.csv"
+    return write(tmp_path / "plain.csv", "\n".join(rows))
 
 
 def test_lists_and_archives_are_answered_and_evaluated_as_folders_are(adapter_for_images, images, plain, tmp_path):
-    """Archives themselves, and in the val/ beside a train/; of classes that the adapter lacks they are refused."""
+    """Lists relative to the run's images too; archives themselves, and in the val/ beside a train/; and of classes that
+    the adapter lacks they are refused."""
+    trained = with_settings(adapter_for_images, {"dataset": "imagefolder", "data_dir": str(images)})
     paths = sorted((images / "val").glob("*/*.png"))
+    rows = [f"{path.relative_to(images)},{path.parent.name}" for path in paths]
+    relative = write(tmp_path / "list.csv", "\n".join(rows))
     mine = tmp_path / "mine"
     for name, of in (("val/0.tar", paths[:8]), ("val/1.tar", paths[8:]), ("train/0.tar", paths[:8])):
         write(mine / name, labelled_tar(of))
     found = []
-    for source, labelled in ((images / "val", images), (plain, plain), (mine / "val", mine)):
-        rows = run("predict --device cpu", adapter_for_images, source, "--output", tmp_path / "p.csv")
-        results = run("evaluate --device cpu", adapter_for_images, labelled)
+    for source, labelled in ((images / "val", images), (plain, plain), (relative, relative), (mine / "val", mine)):
+        rows = run("predict --device cpu", trained, source, "--output", tmp_path / "p.csv")
+        results = run("evaluate --device cpu", trained, labelled)
         found.append((column(rows, "probability"), results["accuracy"], results["images"]))
-    assert rows[8]["path"] == f"{mine}/val/1.tar/0.png"
-    assert found[0] == found[1] == found[2] and found[0][2] == 15
+        assert rows[8]["path"] == (f"{mine}/val/1.tar/0.png" if labelled == mine else str(paths[8]))
+    assert found[0] == found[1] == found[2] == found[3] and found[0][2] == 15
     (mine / "val/1.tar").write_bytes(tar_of({"a.png": b"", "a.cls": b"eel"}))
     with pytest.raises(InputError, match=r"mine/val has classes that the adapter lacks: eel"):
-        run("evaluate --device cpu", adapter_for_images, mine / "val")
+        run("evaluate --device cpu", trained, mine / "val")
 
 
 def test_a_list_is_evaluated_over_the_groups_of_the_run(adapter_for_images, images, plain, tmp_path, capsys):
-    table = tmp_path / "test.csv"
     rows = [f"{row},patient {i % 5}" for i, row in enumerate(plain.read_text().splitlines())]
-    table.write_text("\n".join(["path,label,who", *rows]))
+    table = write(tmp_path / "test.csv", "\n".join(["path,label,who", *rows]))
     expected = run("evaluate --device cpu", adapter_for_images, images / "val")
     in_groups = "in {} groups; intervals are over groups".format
     # Levels of the folder of a run are none of absolute paths, as `choose` writes them: all would be one group.
@@ -199,16 +201,6 @@ def test_a_list_is_evaluated_over_the_groups_of_the_run(adapter_for_images, imag
         found = run("evaluate --device cpu", with_settings(adapter_for_images, of_run), path)
         assert f" 15 in {path}, {groups}\n" in capsys.readouterr().out
         assert (found["accuracy_interval"] == expected["accuracy_interval"]) == groups.startswith("without")
-
-
-def test_lists_relative_to_the_data_dir_of_training_can_be_used_after_it(adapter_for_images, images, tmp_path):
-    table = tmp_path / "list.csv"
-    names = sorted(path.relative_to(images) for path in (images / "val").glob("*/*.png"))
-    table.write_text("".join(f"{name},{name.parent.name}\n" for name in names))
-    trained = with_settings(adapter_for_images, {"dataset": "imagefolder", "data_dir": str(images)})
-    assert run("evaluate --device cpu", trained, table)["images"] == 15
-    rows = run("predict --device cpu", trained, table, "--output", tmp_path / "answers.csv")
-    assert column(rows, "path") == [str(images / name) for name in names]
 
 
 def with_settings(adapter: Path, data: object) -> Path:

@@ -28,7 +28,7 @@ from finetune_lora import add_lora_to_model, make_parser, read_options
 from lora_utils import LoRAManager
 from moco import pretrain
 from tests.checkpoint_files import rezipped, torch_file
-from tests.image_files import bytes_of, geotags
+from tests.image_files import bytes_of, geotags, write
 from toolkit import InputError
 from toolkit.config import parse_args
 from toolkit.files import read_checkpoint
@@ -153,8 +153,7 @@ MUTATED = [*itertools.product(NAMES, [mutate]), *itertools.product(PICKLES, [mut
 @pytest.mark.filterwarnings("ignore")
 @fuzz(30, edits=EDITS, kept=KEPT)
 def test_bytes_of_a_file(files, tmp_path_factory, name, mutate, edits, kept):
-    path = tmp_path_factory.getbasetemp() / name
-    path.write_bytes(mutate(files[name], edits, kept))
+    path = write(tmp_path_factory.getbasetemp() / name, mutate(files[name], edits, kept))
     READ[path.stem.split()[-1]](path)
 
 
@@ -211,8 +210,7 @@ def pretrained() -> dict:
 
 @fuzz(8, changes=CHANGES)
 def test_content_of_a_checkpoint(pretrained, tmp_path_factory, changes):
-    path = tmp_path_factory.getbasetemp() / "edited.pth"
-    path.write_bytes(torch_file(edited(pretrained, changes)))
+    path = write(tmp_path_factory.getbasetemp() / "edited.pth", torch_file(edited(pretrained, changes)))
     with warnings.catch_warnings(), only_our_error():
         warnings.simplefilter("ignore")
         model, _ = load_backbone(path, num_classes=2)
@@ -222,9 +220,8 @@ def test_content_of_a_checkpoint(pretrained, tmp_path_factory, changes):
 
 @fuzz(40, changes=CHANGES)
 def test_content_of_an_adapter(files, tmp_path_factory, changes):
-    path = tmp_path_factory.getbasetemp() / "edited.pth"
     content = torch.load(io.BytesIO(files["adapter.pth"]), weights_only=True)
-    path.write_bytes(torch_file(edited(content, changes)))
+    path = write(tmp_path_factory.getbasetemp() / "edited.pth", torch_file(edited(content, changes)))
     read_as_adapter(path)
 
 
@@ -248,8 +245,7 @@ CONFIG_FILES = st.one_of(
 @fuzz(40, content=CONFIG_FILES)
 def test_a_config_of_anything(tmp_path_factory, content):
     """Both scripts read it or name what is wrong, a line for each problem."""
-    path = tmp_path_factory.getbasetemp() / "anything.yaml"
-    path.write_bytes(content)
+    path = write(tmp_path_factory.getbasetemp() / "anything.yaml", content)
     for read in (read_options, lambda argv: parse_args(pretrain.make_parser(), argv)):
         try:
             read(["--config", str(path), "--device", "cpu"])

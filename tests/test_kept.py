@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import ExifTags, Image
 
 from moco import pretrain
+from tests.image_files import oriented, save_image
 from toolkit.images import data, folders, transforms
 from toolkit.images.bands import Bands
 from toolkit.images.kept import KeptArrays
@@ -34,14 +34,12 @@ def test_arrays_stay_while_there_is_room_and_nobody_waits_for_a_lock():
 def files(request, tmp_path) -> folders.ImageFiles:
     """Three images, of two channels or lying on a side."""
     names = [f"{number}.{request.param}" for number in range(3)]
-    lying = Image.Exif()
-    lying[ExifTags.Base.Orientation] = 6
     for number, name in enumerate(names):
         pixels = np.random.RandomState(number).randint(0, 256, (48, 40 + 8 * number, 3), dtype=np.uint8)
         if request.param == "npy":
-            np.save(tmp_path / name, pixels[..., :2].astype(np.float32))
+            save_image(tmp_path / name, pixels[..., :2].astype(np.float32))
         else:
-            Image.fromarray(pixels).save(tmp_path / name, exif=lying)
+            save_image(tmp_path / name, pixels, exif=oriented(6))
     return folders.ImageFiles(tmp_path, names, Bands(2) if request.param == "npy" else None)
 
 
@@ -59,6 +57,9 @@ def test_what_a_process_of_a_loader_has_decoded_no_other_decodes_again(files, sp
     plain = views(data.LabelledImages(files), workers=0)
     images = data.LabelledImages(files)
     data.keep_decoded(images, None)
+    whole, _ = images[2]  # as masks need it
+    version = 0 if files.bands else 1
+    assert np.array_equal(files.kept.get(2, version), whole) and files.kept.get(1, version) is None
     to_rgb = spy(transforms, "to_rgb")
     assert all(map(torch.equal, views(images, workers=1), plain))
     if not files.names[0].endswith(".jpg"):  # whose size is read anew
@@ -67,14 +68,6 @@ def test_what_a_process_of_a_loader_has_decoded_no_other_decodes_again(files, sp
     assert all(map(torch.equal, views(images, workers=0), plain))
     assert not to_rgb.called or files.names[0].endswith(".png")  # it has nothing to do there
     assert pickle.loads(pickle.dumps(files)).kept is None
-
-
-def test_whole_images_of_masks_are_kept_too(files):
-    images = data.LabelledImages(files)
-    data.keep_decoded(images)
-    whole, _ = images[2]
-    version = 0 if files.bands else 1
-    assert np.array_equal(files.kept.get(2, version), whole) and files.kept.get(1, version) is None
 
 
 def test_sources_share_the_room_alike_however_few_of_their_images_are_used(monkeypatch, tmp_path):

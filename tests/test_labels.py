@@ -7,7 +7,7 @@ import pytest
 
 import deploy_lora
 from lora_utils import read_adapter_file
-from tests.image_files import save_image
+from tests.image_files import save_image, write
 from tests.run_folders import assert_same, column, rows_of
 from toolkit import InputError
 from toolkit.answers import comparison
@@ -105,8 +105,8 @@ def test_thresholds_are_chosen_anew_without_training(trained, lists, tmp_path, c
     assert min(column(labels.values(), "sensitivity")) >= 0.9
     # A label that no image shows, as where the list has no column for it, keeps its threshold.
     capsys.readouterr()
-    left = lists / "left.csv"
-    left.write_text("\n".join(["path,left", *(f"{row['path']},{row['left']}" for row in rows_of(images))]))
+    rows = [f"{row['path']},{row['left']}" for row in rows_of(images)]
+    left = write(lists / "left.csv", "\n".join(["path,left", *rows]))
     task = run(f"threshold {adapter} {left} --goal sensitivity=0.9 --output {tmp_path}/other.pth")
     after = read_adapter_file(tmp_path / "other.pth")["metadata"]["task"]["thresholds"]
     assert first[0] != 0.5 and after[0] == first[0] and after[1] != first[1]
