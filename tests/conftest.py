@@ -19,7 +19,6 @@ from PIL import Image
 
 import finetune_lora
 import toolkit
-from finetune_lora import FineTuning, prepare, read_options
 from lora_utils import LoRAManager
 from tests.checkpoint_files import narrow_resnet, save_base, shorten_vit_mini, without_head
 from tests.image_files import save_image
@@ -228,12 +227,12 @@ def start(base, images, tmp_path, monkeypatch):
     """A run that has not begun yet, for a look at single steps."""
     monkeypatch.setattr(optim, "STEPS_TO_TRAIN", 1)
 
-    def start(options: str = "") -> FineTuning:
+    def start(options: str = "") -> finetune_lora.FineTuning:
         argv = f"--checkpoint {base} --data-dir {images} --output-dir {tmp_path} --device cpu --augmentation none"
-        args, _ = read_options([*argv.split(), "--learning-rate", "1e-2", *options.split()])
+        args, _ = finetune_lora.read_options([*argv.split(), "--learning-rate", "1e-2", *options.split()])
         seed_everything(args.seed)
-        splits, model, report, plan = prepare(args, torch.device("cpu"))
-        return FineTuning(args, plan, model.train(), report, splits)
+        splits, model, report, plan = finetune_lora.prepare(args, torch.device("cpu"))
+        return finetune_lora.FineTuning(args, plan, model.train(), report, splits)
 
     return start
 

@@ -4,7 +4,6 @@ import copy
 from collections.abc import Callable, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
@@ -225,7 +224,7 @@ def classes(model: nn.Module) -> list[type]:
 def loss_and_gradients(model: nn.Module, x: torch.Tensor, seed: int = 7):
     torch.manual_seed(seed)
     model.zero_grad()
-    loss = F.cross_entropy(model(x), torch.arange(len(x), device=x.device) % 5)
+    loss = torch.nn.functional.cross_entropy(model(x), torch.arange(len(x), device=x.device) % 5)
     loss.backward()
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 

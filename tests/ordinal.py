@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
 
 from toolkit.answers.classification import Classification
 from toolkit.answers.parts import Task
@@ -17,7 +16,7 @@ class Ordinal(Classification):
     counts_images = False
     output_name = "probabilities"
 
-    def __init__(self, names: Sequence[str], ranks: Tensor):
+    def __init__(self, names: Sequence[str], ranks: torch.Tensor):
         super().__init__(names)
         self.ranks = ranks
 
@@ -28,10 +27,10 @@ class Ordinal(Classification):
     def record(self):
         return Task.record(self)
 
-    def columns(self, outputs: Tensor) -> dict[str, list[str]]:
+    def columns(self, outputs: torch.Tensor) -> dict[str, list[str]]:
         expected = outputs.double().softmax(1) @ self.ranks
         names = [self.names[number] for number in outputs.argmax(1).tolist()]
         return {"class": names, "rank": [f"{rank:.4f}" for rank in expected.tolist()]}
 
-    def output_layer(self) -> nn.Module:
-        return nn.Softmax(1)
+    def output_layer(self) -> torch.nn.Module:
+        return torch.nn.Softmax(1)

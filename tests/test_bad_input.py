@@ -26,7 +26,6 @@ import finetune_lora
 from moco import pretrain
 from tests import image_files
 from tests.checkpoint_files import torch_file
-from tests.image_files import bytes_of, png_of, tar_of
 from toolkit import InputError, choices
 from toolkit.config import check_command_line
 from toolkit.files import SHIPPED, TOOLKIT
@@ -61,7 +60,7 @@ def workplace(base, images, finished_once, small_backbones, tmp_path, monkeypatc
 def picture(mode: str = "RGB", size: tuple[int, int] = (8, 8), suffix: str = "png", **options) -> bytes:
     levels = np.random.RandomState(0).randint(0, 256, (*size[::-1], 3)).astype(np.uint8)
     image = Image.fromarray(levels).convert(mode)
-    return bytes_of(image.save, {"jpg": "JPEG"}.get(suffix, suffix), **options)
+    return image_files.bytes_of(image.save, {"jpg": "JPEG"}.get(suffix, suffix), **options)
 
 
 PNG = picture()
@@ -142,11 +141,11 @@ def adapter(title: str, content, *names: str, command: str = "evaluate theirs.pt
 
 
 BASE = copy_of("base.pth")
-TAR = tar_of({"a.png": PNG})
+TAR = image_files.tar_of({"a.png": PNG})
 TENSORS = safetensors.torch.save({"w": torch.zeros(2)})
 TWO = classes("cat", "dog")
 LABELS = described(task={"kind": "multilabel", "thresholds": [0.5] * 3})
-HUGE = png_of(40_000, 40_000, 8, 2, bytes(9))
+HUGE = image_files.png_of(40_000, 40_000, 8, 2, bytes(9))
 TRUNCATED = picture(size=(64, 64), suffix="jpg")[:-400]
 TWO_IMAGES = "mine/cat/0.png,cat\nmine/dog/0.png,dog\n"
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"

@@ -15,13 +15,11 @@ from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.models.vision_transformer import ConvStemConfig, EncoderBlock
 
 from finetune_lora import add_lora_to_model, freeze_backbone_params, set_gradient_checkpointing
-from lora import fusion
-from lora.split import split_model
+from lora import fusion, split
 from tests.run_folders import assert_same
 from toolkit import InputError
 from toolkit.models import norms
 from toolkit.models.backbones import build_backbone, head_name
-from toolkit.models.norms import constants_kept
 
 bottleneck = partial(resnet, Bottleneck)
 
@@ -162,7 +160,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("around", [contextlib.nullcontext, constants_kept])
+@pytest.mark.parametrize("around", [contextlib.nullcontext, norms.constants_kept])
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 def test_a_folded_batch_norm_is_what_it_is_at_each_call(change, mode, around):
     """But for changes behind autograd's back where constants are kept."""
@@ -187,7 +185,7 @@ def test_a_folded_batch_norm_is_what_it_is_at_each_call(change, mode, around):
 def test_a_norm_s_constants_are_computed_once_in_training_and_where_nothing_trains(monkeypatch):
     model = frozen(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
     x = images(8)
-    with constants_kept():
+    with norms.constants_kept():
         with torch.inference_mode():
             model(x)
         assert dense.count_operations(lambda: model(x).sum().backward(), "rsqrt") == 0  # of what no gradients computed
@@ -197,9 +195,9 @@ def test_a_norm_s_constants_are_computed_once_in_training_and_where_nothing_trai
             before = built(x)
             built[1].running_mean += 1
             assert dense.relative_error(before, built(x)) > 0.1
-    for around in (contextlib.nullcontext, constants_kept):
+    for around in (contextlib.nullcontext, norms.constants_kept):
         # A graph would hold what is kept as it is now.
-        monkeypatch.setattr(norms, "is_traced", lambda around=around: around is constants_kept)
+        monkeypatch.setattr(norms, "is_traced", lambda around=around: around is norms.constants_kept)
         with around():
             assert [dense.count_operations(lambda: model(x.double()), "rsqrt") for _ in range(2)] == [1, 1]
 
@@ -209,7 +207,7 @@ def test_a_norm_s_constants_are_of_the_rows_that_are_given_and_of_what_trains_no
     means = torch.stack([torch.zeros(4), torch.ones(4)])  # two rows of one tensor
     variance = torch.ones(4)
     expected = 1 / (1 + norm.eps) ** 0.5
-    with constants_kept():
+    with norms.constants_kept():
         for row in (0, 1):
             _, shift = norms.constant_scale_and_shift(norm, means[row], variance, None)
             assert shift.tolist() == pytest.approx([-row * expected] * 4)
@@ -357,7 +355,7 @@ def test_the_halves_of_a_model_are_the_model(build, side, last):
     stock = build().double().eval()
     x = images(side, dtype=torch.float64)
     for model in (stock, frozen(copy.deepcopy(stock), adapt_last=last).eval()):
-        lower, upper = split_model(model, last)
+        lower, upper = split.split_model(model, last)
         assert {id(p) for p in upper.parameters()} == {id(p) for p in model.parameters()}
         features = lower(x).detach()
         above = list(model.get_submodule(head_name(model)).parameters())
@@ -375,5 +373,5 @@ def test_another_model_has_no_halves_and_nothing_to_recompute():
         with pytest.raises(InputError, match=message):
             set_gradient_checkpointing(model, mode)
     with pytest.raises(InputError, match="not SwinTransformer"):
-        split_model(model, 1)
-    assert split_model(model, None)[1](torch.ones(2, 24)).shape == (2, 5)
+        split.split_model(model, 1)
+    assert split.split_model(model, None)[1](torch.ones(2, 24)).shape == (2, 5)

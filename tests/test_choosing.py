@@ -14,11 +14,8 @@ from PIL import Image
 import deploy_lora
 from finetune_lora import load_finetuned
 from tests.run_folders import rows_of
-from toolkit.answers import choosing
-from toolkit.answers.report_page import html_pictures
-from toolkit.images.data import LabelledImages
-from toolkit.images.folders import ImageFiles
-from toolkit.images.sources import load_splits
+from toolkit.answers import choosing, report_page
+from toolkit.images import data, folders, sources
 
 
 def blob(axis: int, *spread: float) -> torch.Tensor:
@@ -53,15 +50,15 @@ def test_the_most_typical_image_of_each_kind_comes_first_and_a_kind_with_a_label
 
 def test_fifty_pictures_are_less_than_a_megabyte_whatever_is_on_them():
     noise = np.random.RandomState(0).randint(0, 256, (300, 3000, 3), np.uint8)
-    images = LabelledImages([Image.fromarray(picture) for picture in (noise[:, :500], noise[:60])] * 25)
-    page = html_pictures(images, [(i, f"<{i}>") for i in range(50)])
+    images = data.LabelledImages([Image.fromarray(picture) for picture in (noise[:, :500], noise[:60])] * 25)
+    page = report_page.html_pictures(images, [(i, f"<{i}>") for i in range(50)])
     assert page.count("<img ") == 50 and "&lt;49&gt;</figcaption>" in page
     assert len(page) < 1e6
 
 
 def test_an_address_stays_one_in_the_list_to_label(tmp_path, monkeypatch):
     monkeypatch.setattr(choosing, "html_pictures", lambda *_: "")
-    choosing.write_chosen(LabelledImages(ImageFiles("https://host", ["a.png"])), tmp_path)
+    choosing.write_chosen(data.LabelledImages(folders.ImageFiles("https://host", ["a.png"])), tmp_path)
     assert (tmp_path / "to_label.csv").read_text().splitlines() == ["path,label", "https://host/a.png,"]
 
 
@@ -84,7 +81,7 @@ def test_a_backbone_chooses_an_image_of_each_class_and_the_list_trains(base, ima
     more = choose(base, "pool", "--labelled", lists[0], "--count", "6", "--output", "second")
     assert len({*chosen, *more}) == 9
     fill_in(lists[1])
-    splits = load_splits("imagefolder", data_list=lists)
+    splits = sources.load_splits("imagefolder", data_list=lists)
     assert splits.class_names == sorted(CLASSES)
     assert list(map(splits.train.name, range(3))) == [str(tmp_path / name) for name in chosen]
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 import deploy_lora
 from finetune_lora import FineTuning, train
@@ -17,7 +16,6 @@ from lora_utils import read_adapter_file, trained_state
 from tests.run_folders import assert_identical, assert_same_tensors, column, metrics, train_on, writes_nothing
 from toolkit.answers import evaluation, measures, probe, tasks
 from toolkit.answers.evaluation import Evaluation, all_outputs
-from toolkit.answers.tasks import Classification, Regression, Segmentation
 from toolkit.images.data import LabelledImages, Transformed
 from toolkit.run import guard, loaders
 from toolkit.run.guard import Collapsed, GoBack, Guard, Keep
@@ -40,7 +38,7 @@ def test_the_last_adapter_is_kept_whatever_the_evaluation_images_say(finetune, m
     assert_same_tensors(results["folder"] / "lora.pth", other["folder"] / "lora.pth")
 
 
-def with_evaluations(monkeypatch, changed: Callable[[nn.Module, Evaluation], Evaluation]) -> None:
+def with_evaluations(monkeypatch, changed: Callable[[torch.nn.Module, Evaluation], Evaluation]) -> None:
     """Runs get other results on the evaluation images: what `changed` makes of the network and the real ones."""
     for name in ("kept_answers", "evaluate"):
         real = getattr(FineTuning, name)
@@ -54,7 +52,7 @@ def answers(score: float, loss: float) -> Evaluation:
 def guard_of(images: int, scores: list[float], classes: int = 10, has_start: bool = False, epochs: int = 1) -> Guard:
     """One that watches so many images, of classes that are equally frequent, and has seen these accuracies."""
     watched = LabelledImages([None] * images, np.arange(images) % classes)
-    judge = Guard(Classification(list(map(str, range(classes)))), watched, watched, has_start, epochs)
+    judge = Guard(tasks.Classification(list(map(str, range(classes)))), watched, watched, has_start, epochs)
     judge.scores = scores
     return judge
 
@@ -95,7 +93,7 @@ def test_what_becomes_of_an_epoch(trained, still_sure, verdict):
     assert judge.state_dict() == before
 
 
-@pytest.mark.parametrize("kind, verdict", [(Segmentation, NO_GAIN), (Classification, Keep(start=True))])
+@pytest.mark.parametrize("kind, verdict", [(tasks.Segmentation, NO_GAIN), (tasks.Classification, Keep(start=True))])
 def test_with_masks_a_run_that_would_end_with_its_start_goes_back(kind, verdict):
     """Not before its last epoch: later ones may mend what the first ones harm. Of whole images a start is a result."""
     watched = LabelledImages([None] * 400, [0] * 400, targets=torch.ones(400, 2))
@@ -280,7 +278,7 @@ def test_what_chance_may_lose_is_no_collapse_and_four_images_tell_a_constant_ans
 def test_numbers_that_the_probe_knows_nothing_of_do_not_collapse_by_chance(start, score, collapsed):
     targets = torch.linspace(-1, 1, 128, dtype=torch.float64)[:, None]
     watched = LabelledImages([None] * 128, [0] * 128, targets=targets)
-    judge = Guard(Regression(["age"], targets), watched, watched)
+    judge = Guard(tasks.Regression(["age"], targets), watched, watched)
     judge.scores = [start]
     assert judge.has_collapsed(score, loss=1 - score) == collapsed
 
@@ -310,7 +308,7 @@ def test_a_loss_that_explodes_is_seen_within_the_epoch(worst, losses, last):
 def test_losses_are_held_against_all_training_images_and_scores_against_the_watched_ones():
     """Whose classes may be as frequent otherwise: here one of two, and one of three."""
     train = LabelledImages([None] * 4, [0, 0, 1, 1])
-    judge = Guard(Classification(["cat", "dog"]), train, train.subset([0, 1, 2]))
+    judge = Guard(tasks.Classification(["cat", "dog"]), train, train.subset([0, 1, 2]))
     assert (judge.constant_loss, judge.constant_score) == (pytest.approx(math.log(2)), 2 / 3)
 
 
@@ -446,9 +444,9 @@ def test_of_an_epoch_that_is_undone_the_seconds_count_and_nothing_else_even_if_i
 
 
 def test_a_loss_that_is_not_finite_is_a_collapse(start, monkeypatch):
-    real = Classification.loss
+    real = tasks.Classification.loss
     factors = iter([*(3 + 1) * [1], math.nan, *(3 + 3) * [1]])  # before each start, three batches give the gradient
-    monkeypatch.setattr(Classification, "loss", lambda *given: real(*given) * next(factors))
+    monkeypatch.setattr(tasks.Classification, "loss", lambda *given: real(*given) * next(factors))
     run = start("--epochs 1 --labels-per-class 2 --batch-size 2 --learning-rate 1e-3")
     writes_nothing(run)
     run.start()

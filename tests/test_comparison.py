@@ -12,8 +12,7 @@ from PIL import Image
 import deploy_lora
 from tests.image_files import write
 from toolkit import InputError
-from toolkit.answers import answer_reports, comparison, multilabel, regression, segmentation, tasks
-from toolkit.answers.evaluation import Evaluation
+from toolkit.answers import answer_reports, comparison, evaluation, multilabel, regression, segmentation, tasks
 from toolkit.images.data import LabelledImages
 from toolkit.run import reports
 
@@ -36,7 +35,7 @@ def written(folder: Path, reports: list[answer_reports.Report], groups=None, nam
 
 def class_report(right: torch.Tensor) -> answer_reports.Report:
     labels = torch.zeros(len(right), dtype=torch.long)
-    result = Evaluation(0.1, 0.0, (~right).long(), labels, torch.full((len(right),), 0.5))
+    result = evaluation.Evaluation(0.1, 0.0, (~right).long(), labels, torch.full((len(right),), 0.5))
     return tasks.Classification(["cat", "dog"]).report(result)
 
 

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 import deploy_lora
 from finetune_lora import add_lora_to_model, freeze_backbone_params, load_finetuned
-from lora.followed_norms import follow_statistics
-from lora.initialization import start_at_change
+from lora import followed_norms, initialization
 from lora_utils import LoRAManager, read_adapter_file
 from toolkit import InputError
 from toolkit.models.checkpoints import load_backbone
@@ -45,7 +44,7 @@ def adapted(base: Path) -> nn.Module:
     """Adapters of rank 6; of a ResNet, with BatchNorms that follow them."""
     model = add_lora_to_model(of_base(base), r=6, lora_alpha=3)
     freeze_backbone_params(model)
-    follow_statistics(model, [torch.randn(4, 3, 16, 16)])
+    followed_norms.follow_statistics(model, [torch.randn(4, 3, 16, 16)])
     return randomize_adapters(model, std=0.05)
 
 
@@ -92,7 +91,7 @@ def test_a_rank_above_a_layer_keeps_its_whole_change_and_nothing_of_what_was_the
     model = add_lora_to_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)), r=5, target_modules=["0", "1"])
     randomize_adapters(model)
     trained = {name: torch.randn_like(tensor) for name, tensor in model.state_dict().items() if "lora" not in name}
-    energies = start_at_change(model, trained)
+    energies = initialization.start_at_change(model, trained)
     assert energies["1"][0] == pytest.approx(energies["1"][1])
     assert_close(model[1].effective_weight(), trained["1.weight"], FP32)
 

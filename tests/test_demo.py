@@ -20,8 +20,7 @@ from finetune_lora import load_base
 from tests.conftest import CLASSES, save_adapter
 from tests.image_files import save_image, write
 from toolkit import SHIPPED, InputError
-from toolkit.answers import demo
-from toolkit.answers.report_page import html_table
+from toolkit.answers import demo, report_page
 from toolkit.images.masks import palette
 
 pytestmark = pytest.mark.usefixtures("whole_vit_mini")
@@ -84,7 +83,7 @@ def test_the_page_says_what_predict_says_and_shows_what_explain_shows(adapter, i
     _, *rows = row.items()
     if "class" in row:
         rows = zip(list(row.values())[1::2], list(row.values())[2::2], strict=True)
-    assert said == html_table(list(rows))
+    assert said == report_page.html_table(list(rows))
     assert picture.shape == heat.shape == (32, 32, 3) and picture.dtype == heat.dtype == np.uint8
     assert picture[:, :14].mean() > 2 * picture[:, 18:].mean()  # the left half is the bright one
     with deploy_lora._deployed(options) as deployed:

@@ -15,7 +15,6 @@ import torch
 from conftest import CLASSES, save_adapter
 from dense import FP32, assert_close, randomize_adapters
 from PIL import Image
-from torch import nn
 
 import deploy_lora
 import toolkit
@@ -43,7 +42,7 @@ def adapter_file(path: Path, base: Path, target: object = "encoder_layer_1", **a
     """The file of a run with adapters for three classes, which says this of itself."""
     shape = {"image_size": about.get("image_size", 16), "channels": about.get("channels", 3)}
     model, _ = load_backbone(base, 3, channel_fit="timm", **shape)
-    nn.init.normal_(model.heads.head.weight, std=0.1)
+    torch.nn.init.normal_(model.heads.head.weight, std=0.1)
     randomize_adapters(add_lora_to_model(model, r=2, target_modules=target), std=0.1)
     return save_adapter(model, path, base, **about)
 

@@ -11,10 +11,8 @@ import pytest
 
 from tests.image_files import bytes_of, tar_of, write
 from toolkit import InputError
-from toolkit.images import bands, dicom
+from toolkit.images import bands, dicom, shards, transforms
 from toolkit.images.folders import ImageFiles, image_names
-from toolkit.images.shards import read_shards
-from toolkit.images.transforms import to_rgb
 
 pydicom = pytest.importorskip("pydicom")
 
@@ -64,7 +62,7 @@ def test_a_picture_is_seen_through_the_window_of_its_file_or_by_its_bits():
     ):
         image = dicom.picture(file_of(RAMP, **tags))
         np.testing.assert_allclose(np.asarray(image), greys, atol=1, err_msg=str(tags))
-        assert np.asarray(to_rgb(image)).shape == (10, 10, 3)
+        assert np.asarray(transforms.to_rgb(image)).shape == (10, 10, 3)
 
 
 def test_numbers_are_in_their_own_unit_which_frames_share():
@@ -95,7 +93,7 @@ def test_files_without_suffix_are_known_by_their_mark(tmp_path):
     [name] = image_names(Path("memory://disc"))
     assert ImageFiles("memory://disc", [name])[0].size == (10, 10)
     write(tmp_path / "tar/a.tar", tar_of({"1.dcm": file_of(RAMP)}))
-    assert read_shards(tmp_path / "tar")[0][0].size == (10, 10)
+    assert shards.read_shards(tmp_path / "tar")[0][0].size == (10, 10)
 
 
 def test_damaged_files_a_missing_package_and_what_may_grow_to_any_size_are_one_line(tmp_path, monkeypatch):

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
 import deploy_lora
 import finetune_lora
@@ -127,10 +126,10 @@ def test_a_model_of_another_loop_moves_to_a_gpu_and_back(adapted_on, four_bits):
 
 def test_what_is_faster_on_a_gpu_is_chosen_there():
     """The fused optimizer, whatever device its state is from, and kernels that lie in memory as images do."""
-    conv = devices.place(nn.Conv2d(3, 4, 3), torch.device("cuda"))
+    conv = devices.place(torch.nn.Conv2d(3, 4, 3), torch.device("cuda"))
     assert conv.weight.is_contiguous(memory_format=torch.channels_last)
     on_gpu = optim.build_optimizer(conv, 1e-3)
-    on_gpu.load_state_dict(optim.build_optimizer(nn.Conv2d(3, 4, 3), 1e-3).state_dict())
+    on_gpu.load_state_dict(optim.build_optimizer(torch.nn.Conv2d(3, 4, 3), 1e-3).state_dict())
     assert on_gpu.param_groups[0]["fused"]
 
 

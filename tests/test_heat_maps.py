@@ -6,7 +6,6 @@ import shutil
 
 import pytest
 import torch
-import torch.nn.functional as F
 from dense import randomize_adapters
 from PIL import Image
 from torch import Tensor, nn
@@ -18,7 +17,6 @@ from tests.conftest import CLASSES
 from tests.image_files import save_image
 from toolkit import InputError
 from toolkit.answers import heat_maps
-from toolkit.answers.heat_maps import Explainer, grad_cam
 from toolkit.models.backbones import build_backbone
 from toolkit.models.dense import DenseModel
 
@@ -41,7 +39,7 @@ def written_out(model: nn.Module, images: Tensor, block: nn.Module, others=1, sc
         side = round((features.shape[1] - others) ** 0.5)
         features, gradient = (t[:, others:].transpose(1, 2).unflatten(2, (side, side)) for t in (features, gradient))
     heat = (features * gradient.mean((2, 3), keepdim=True)).sum(1, keepdim=True).relu().detach()
-    heat = F.interpolate(heat, size=images.shape[2:], mode="bilinear")[:, 0]
+    heat = torch.nn.functional.interpolate(heat, size=images.shape[2:], mode="bilinear")[:, 0]
     heat = heat - heat.amin((1, 2), keepdim=True)
     return heat / heat.amax((1, 2), keepdim=True).clamp_min(1e-12), answers.detach()
 
@@ -55,7 +53,8 @@ def test_it_is_of_a_resnets_last_stage_and_of_the_patches_that_a_vits_last_block
     plain = LoRAManager(copy.deepcopy(model)).unload(merge=True)
     last = plain.layer4 if arch == "resnet18" else plain.encoder.layers[-1]
     images = torch.randn(3, 3, size, size)
-    torch.testing.assert_close(grad_cam(model, images), written_out(plain, images, last), rtol=1e-3, atol=1e-3)
+    expected = written_out(plain, images, last)
+    torch.testing.assert_close(heat_maps.grad_cam(model, images), expected, rtol=1e-3, atol=1e-3)
     assert not any(module._forward_hooks for module in model.modules())
 
 
@@ -72,14 +71,14 @@ def test_of_masks_the_pixels_count_that_the_class_answers_or_all(answered):
     assert (0 < pixels.float().mean() < 1) == answered
     last = model.backbone.encoder.layers[-1]
     expected, _ = written_out(model, images, last, score=lambda logits: logits[:, 1][pixels == answered])
-    torch.testing.assert_close(grad_cam(model, images, of=1)[0], expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(heat_maps.grad_cam(model, images, of=1)[0], expected, rtol=1e-3, atol=1e-3)
 
 
 def test_maps_with_their_channels_at_the_end_are_maps_as_well_and_without_blocks_there_are_none():
     maps = torch.randn(2, 5, 4, 4)
     assert torch.equal(heat_maps._in_places(maps.movedim(1, 3)), maps)
     with pytest.raises(InputError, match="a Linear has no blocks whose features could be looked at"):
-        grad_cam(nn.Linear(3, 2), torch.zeros(1, 3))
+        heat_maps.grad_cam(nn.Linear(3, 2), torch.zeros(1, 3))
 
 
 def test_explain_draws_each_image_in_its_folder_under_its_name_and_answer(once, tmp_path, monkeypatch, capsys, spy):
@@ -107,7 +106,7 @@ def test_explain_draws_each_image_in_its_folder_under_its_name_and_answer(once, 
 
     titles = []
     monkeypatch.setattr(deploy_lora, "save_figure", lambda figure, _: titles.append(figure.get_suptitle()))
-    explain_one = spy(Explainer, "explain")
+    explain_one = spy(heat_maps.Explainer, "explain")
     name = "a-name-that-is-as-long-as-names-of-images-with-their-date-and-place-sometimes-are.png"
     image = save_image(tmp_path / name, Image.new("RGB", (20, 20)))
     explain("one", image)
@@ -124,7 +123,7 @@ def test_the_page_of_a_run_shows_it_beside_each_mistake(finetune, images, pictur
     """If the model has blocks. One image lies in the folder of another class."""
     own = shutil.copytree(images, tmp_path / "own")
     shutil.move(next((own / "val/dark").iterdir()), own / "val/bright/dark.png")
-    explain = spy(Explainer, "explain")
+    explain = spy(heat_maps.Explainer, "explain")
     finetune(f"--epochs 1 --data-dir {own}", "vit")
     assert explain.call_count == 1
     pytest.importorskip("timm")

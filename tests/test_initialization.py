@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from dense import adapters, changed, dense_twin, frozen, randomize_adapters, snapshot
 from torch import nn
 
@@ -37,7 +36,7 @@ def adapted(stock: nn.Module, **options) -> nn.Module:
 
 
 def backward(model: nn.Module, dtype: torch.dtype = torch.float32):
-    return lambda: F.cross_entropy(model(X.to(dtype)).float(), torch.arange(6) % 5).backward()
+    return lambda: torch.nn.functional.cross_entropy(model(X.to(dtype)).float(), torch.arange(6) % 5).backward()
 
 
 def share_held(A: torch.Tensor, G: torch.Tensor) -> float:

@@ -11,10 +11,8 @@ import deploy_lora
 import finetune_lora
 from finetune_lora import add_lora_to_model, check_8_bits, multiply_in_8_bits
 from lora import int8
-from lora.int8 import LARGEST, Int8Weight
 from lora_utils import LoRAManager
-from toolkit import InputError, devices
-from toolkit.choices import ARITHMETICS
+from toolkit import InputError, choices, devices
 
 IN_8_BITS = 2e-2  # what rounding x and W, or gy and W, by rows may cost a layer of normal numbers
 ROUNDING = 1e-5  # float32's
@@ -24,7 +22,7 @@ exact_products = pytest.mark.skipif(not int8.multiplies_exactly("cpu", 64, 64), 
 def rounded_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Codes and scales of each row, as float32 computes them, in float64."""
     largest = x.float().abs().amax(1, keepdim=True).clamp_min(1e-30)
-    return (x.float() * (LARGEST / largest)).round().double(), (largest / LARGEST).double()
+    return (x.float() * (int8.LARGEST / largest)).round().double(), (largest / int8.LARGEST).double()
 
 
 @exact_products
@@ -38,7 +36,7 @@ def test_a_product_is_that_of_the_rounded_rows(rows, width, out, dtype, monkeypa
     gy = torch.randn(rows, out, dtype=dtype)
     bias = torch.randn(out, dtype=dtype)
     W = torch.randn(out, width)
-    weight = Int8Weight.quantize(W)
+    weight = int8.Int8Weight.quantize(W)
     W_codes, d = rounded_rows(W)
     assert_close(weight.dequantize(torch.float32), W_codes * d, ROUNDING)
     codes, scale = rounded_rows(x)
@@ -58,7 +56,7 @@ def test_sums_are_as_exact_as_float32_and_rows_of_zeros_or_not_finite_stay_apart
     assert int8._multiplied(x, None, x.T.to(torch.int8), None, torch.tensor([-32258.0])).item() == 1
     x = torch.randn(4, 8)
     x[0], x[1, 3], x[2, 3] = 0, torch.nan, torch.inf
-    weight = Int8Weight.quantize(torch.randn(16, 8))
+    weight = int8.Int8Weight.quantize(torch.randn(16, 8))
     bias = torch.randn(16)
     y = weight.times(x, bias)
     assert torch.equal(y[0], bias) and torch.equal(y[3:], weight.times(x[3:], bias))
@@ -142,7 +140,7 @@ def test_a_probe_reads_features_in_8_bits(finetune, images):
     """`--lora-rank 0`: so does what evaluates its file, which is that of a float base."""
     results = finetune("--epochs 1 --batch-size 32 --lora-rank 0 --arithmetic int8")
     losses = {}
-    for kind in ARITHMETICS:
+    for kind in choices.ARITHMETICS:
         words = f"evaluate {results['folder']}/lora.pth {images}/val --device cpu --arithmetic {kind}"
         losses[kind] = deploy_lora.main(words.split())["loss"]
     assert losses["int8"] == pytest.approx(results["val_loss"], rel=5e-5)

@@ -9,13 +9,11 @@ import torch
 
 from moco import pretrain
 from tests.image_files import oriented, save_image
-from toolkit.images import data, folders, transforms
-from toolkit.images.bands import Bands
-from toolkit.images.kept import KeptArrays
+from toolkit.images import bands, data, folders, kept, transforms
 
 
 def test_arrays_stay_while_there_is_room_and_nobody_waits_for_a_lock():
-    arrays = KeptArrays(2, room=40, channels=2, dtype=np.float32)
+    arrays = kept.KeptArrays(2, room=40, channels=2, dtype=np.float32)
     first, second = np.arange(6, dtype=np.float32).reshape(1, 3, 2), np.full((1, 2, 2), 7, np.float32)
     arrays.put(0, 0, first)
     arrays.put(0, 4, second)  # another version, and the last byte
@@ -40,7 +38,7 @@ def files(request, tmp_path) -> folders.ImageFiles:
             save_image(tmp_path / name, pixels[..., :2].astype(np.float32))
         else:
             save_image(tmp_path / name, pixels, exif=oriented(6))
-    return folders.ImageFiles(tmp_path, names, Bands(2) if request.param == "npy" else None)
+    return folders.ImageFiles(tmp_path, names, bands.Bands(2) if request.param == "npy" else None)
 
 
 def views(images: data.LabelledImages, workers: int) -> list[torch.Tensor]:

@@ -10,8 +10,7 @@ from lora_utils import read_adapter_file
 from tests.image_files import save_image, write
 from tests.run_folders import assert_same, column, rows_of
 from toolkit import InputError
-from toolkit.answers import comparison
-from toolkit.answers.tasks import TASKS
+from toolkit.answers import comparison, tasks
 
 
 def run(command: str):
@@ -54,7 +53,7 @@ def trained(finetune_into, lists, tmp_path_factory):
 def test_a_run_leaves_its_files_and_every_door_tells_the_same(trained, lists, kind, tmp_path, capsys):
     results = trained[kind]
     folder = results["folder"]
-    score = TASKS[kind].score
+    score = tasks.TASKS[kind].score
     assert results["task"] == kind
     assert json.loads((folder / "results.json").read_text()) | {"folder": folder} == results
     assert results[f"val_{score}"] > results[f"probe_{score}_before"] - 0.3

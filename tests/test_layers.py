@@ -10,8 +10,7 @@ from dense import BF16, DEVICES, EXACT, FP32, assert_close, compare_with_dense, 
 from torch import nn
 from torch.func import functional_call
 
-from finetune_lora import LoRASettings
-from lora.adapted import ADAPTED
+from lora.adapted import ADAPTED, LoRASettings
 from lora_utils import LoRAManager, base_digests
 from toolkit import InputError
 

@@ -19,9 +19,7 @@ from lora.adapted import adapted_layers
 from lora_utils import LoRAManager, read_adapter_file, trained_state, write_adapter_file
 from tests.run_folders import assert_same
 from toolkit import InputError
-from toolkit.models import checkpoints
-from toolkit.models.backbones import build_backbone
-from toolkit.models.norms import freeze_statistics
+from toolkit.models import backbones, checkpoints, norms
 
 FILES = Path(__file__).parent / "files"
 SUFFIXES = (".pth", ".safetensors")
@@ -210,7 +208,7 @@ def test_files_of_version_1_come_back_bit_for_bit(suffix, tmp_path):
 
     Every tensor of base and adapters was a `ramp`, with rank 1, alpha 3 and dropout 0.25 on two layers.
     """
-    stock = build_backbone("vit_mini", 2, 16).state_dict()
+    stock = backbones.build_backbone("vit_mini", 2, 16).state_dict()
     state = {name: ramp(t.shape, i) for i, (name, t) in enumerate(stock.items()) if not name.startswith("heads")}
     torch.save(state, tmp_path / "base.pth")
     model, info = load_finetuned(FILES / f"version_1{suffix}", tmp_path / "base.pth")
@@ -309,7 +307,7 @@ def test_metadata_that_could_not_be_read_back_is_refused_and_a_base_keeps_its_pl
 def test_what_training_changes_is_what_trains_and_the_statistics_that_are_not_frozen():
     """By every name that it has in the model."""
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.BatchNorm1d(2).requires_grad_(False), nn.Linear(2, 2))
-    freeze_statistics(model[2], freeze=True, training=True)
+    norms.freeze_statistics(model[2], freeze=True, training=True)
     model[0].bias.requires_grad_(False)
     model[3].weight = model[0].weight
     norm = {f"1.{name}" for name in model[1].state_dict()}
