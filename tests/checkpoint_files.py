@@ -8,8 +8,7 @@ import torch
 
 from tests.dense import resnet
 from tests.image_files import bytes_of
-from toolkit.models import names
-from toolkit.models.backbones import build_backbone
+from toolkit.models import backbones, names
 
 
 def shorten_vit_mini() -> None:
@@ -26,7 +25,7 @@ def save_base(path: Path, arch: str = "vit_mini", size: int = 16, channels: int 
     """Save a backbone in MoCo's layout, random but the same each time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        state = without_head(build_backbone(arch, 3, size, channels=channels).state_dict())
+        state = without_head(backbones.build_backbone(arch, 3, size, channels=channels).state_dict())
     torch.save({"state_dict": under("module.base_encoder.", state), "arch": arch, "epoch": 7}, path)
     return path
 

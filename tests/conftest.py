@@ -26,8 +26,7 @@ from tests.pages import save_moco_v2
 from tests.run_folders import SHORTER
 from toolkit.answers.tasks import TASKS
 from toolkit.devices import seed_everything
-from toolkit.images import sources
-from toolkit.images.data import LabelledImages
+from toolkit.images import data, sources
 from toolkit.images.sources import load_splits
 from toolkit.models import backbones, checkpoints, names
 from toolkit.run import loaders, optim, reports
@@ -280,7 +279,7 @@ def pictures():
 def of_few_images():
     """A run finds one image of each class in each split: for commands that only have to run."""
 
-    def few(part: LabelledImages) -> LabelledImages:
+    def few(part: data.LabelledImages) -> data.LabelledImages:
         return part.subset([part.labels.index(label) for label in sorted(set(part.labels))])
 
     def load_few(*args, **sources):

@@ -13,8 +13,7 @@ import finetune_lora
 from lora_utils import read_adapter_file
 from toolkit import devices
 from toolkit.answers import probe, segmentation
-from toolkit.run import guard, loaders, runs, search
-from toolkit.run.training import MicroBatches
+from toolkit.run import guard, loaders, runs, search, training
 
 # A run looks at each of the 21 training images once after an epoch, tries three strengths of nine for its probe, draws
 # fewer pixels, has no more steps than the images fill, not twelve, searches among two rates, and does not measure
@@ -86,7 +85,7 @@ def writes_nothing(run: finetune_lora.FineTuning) -> None:
     run.save = run.save_state = lambda: None
 
 
-def train_on(run: finetune_lora.FineTuning, *steps: MicroBatches) -> tuple[float, int]:
+def train_on(run: finetune_lora.FineTuning, *steps: training.MicroBatches) -> tuple[float, int]:
     """Run the script's own loop over these steps of an epoch, or over all epochs, and write nothing.
 
     Returns:

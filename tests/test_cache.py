@@ -12,8 +12,7 @@ import torch
 from dense import assert_close
 from torchvision.models.vision_transformer import VisionTransformer
 
-from lora.followed_norms import followers
-from lora.split import split_model
+from lora import followed_norms, split
 from tests.run_folders import tensors
 from toolkit import InputError
 from toolkit.answers import evaluation, tasks
@@ -95,7 +94,7 @@ def test_what_goes_with_an_image_goes_with_its_features():
 def test_norms_follow_over_cached_features_in_16_bits(start, saved, narrow):
     told = f"--checkpoint {saved(narrow)} --image-size 32 --lora-rank 2 --norms follow --adapt-last 1 --precision bf16"
     plain, cached = (start(f"{told} --cache-features {where}") for where in ("none", "disk"))
-    for ours, theirs in zip(followers(cached.model), followers(plain.model), strict=True):
+    for ours, theirs in zip(followed_norms.followers(cached.model), followed_norms.followers(plain.model), strict=True):
         assert_close(ours.followed.centre, theirs.followed.centre, 0.05)
     losses = [run.evaluate(run.loaders.val).loss for run in (cached, plain)]
     assert losses[0] == pytest.approx(losses[1], abs=0.1)
@@ -110,7 +109,7 @@ def test_cached_views_are_of_what_augmentation_makes_of_the_images(start):
     loaders = [data.build_loader(data.Transformed(run.splits.train, view), 21) for view in (plain, drawn)]
     loaders += loaders[1:] * 3
     with evaluation.eval_mode(run.model), torch.no_grad():
-        below = split_model(run.model, 1)[0]
+        below = split.split_model(run.model, 1)[0]
         views = [below(images) for loader in loaders for images, _ in loader]
     taken = next(iter(run.loaders.train))[0]
     torch.testing.assert_close(run.loaders.images.train.source, torch.stack(views, 1))

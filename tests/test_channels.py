@@ -16,14 +16,10 @@ from moco import pretrain
 from tests.checkpoint_files import under, without_head
 from tests.image_files import bytes_of, labelled_tar, png_of, save_image, write
 from toolkit import InputError
-from toolkit.images import folders, remote
+from toolkit.images import data, folders, remote, sources, transforms
 from toolkit.images.bands import Bands, Scaling, _check_values, decoded, settle
-from toolkit.images.data import LabelledImages
 from toolkit.images.families import FAMILIES, known_scaling
-from toolkit.images.sources import load_splits, load_unlabelled
-from toolkit.images.transforms import eval_transform, to_rgb
-from toolkit.models.backbones import build_backbone, input_channels
-from toolkit.models.checkpoints import find_images
+from toolkit.models import backbones, checkpoints
 from toolkit.run.options import FineTuneOptions, known_image_values
 
 tifffile = pytest.importorskip("tifffile")
@@ -54,7 +50,7 @@ def test_a_folder_of_13_band_tiffs_goes_through_stage_1_and_every_command(base, 
     results = finetune(told)
     adapter = tmp_path / "out/lora.pth"
     model, about = load_finetuned(adapter)
-    assert input_channels(model) == about["channels"] == results["normalization"]["channels"] == 13
+    assert backbones.input_channels(model) == about["channels"] == results["normalization"]["channels"] == 13
     assert (about["scale"], about["mean"], about["std"]) == (10000, [0] * 13, [1] * 13)
     image = tiffs / "val" / "1" / "5.tif"
     expected = torch.from_numpy(tifffile.imread(image).astype(np.float32) / 10000).permute(2, 0, 1)
@@ -75,7 +71,7 @@ def test_random_weights_are_for_any_number_of_channels_and_what_is_measured_is_k
     told = finetune(f"{options} --checkpoint none --arch vit_mini --image-size 16 --epochs 1")["normalization"]
     assert "measured on 15 training images" in capsys.readouterr().out
     model, about = load_finetuned(tmp_path / "out/lora.pth")
-    assert (input_channels(model), about["bands"]) == (2, ["4", "2"])
+    assert (backbones.input_channels(model), about["bands"]) == (2, ["4", "2"])
     stacked = np.stack([tifffile.imread(path) for path in (tiffs / "train").rglob("*.tif")])[..., [3, 1]].astype(float)
     for name, measure in (("mean", np.mean), ("std", np.std)):
         assert about[name] == told[name] == pytest.approx(measure(stacked, (0, 1, 2)))
@@ -85,7 +81,7 @@ def test_random_weights_are_for_any_number_of_channels_and_what_is_measured_is_k
 def test_what_is_measured_is_divided_by_the_scale(kind, scale, white):
     levels = np.random.RandomState(0).randint(0, 256, (6, 8, 3)).astype(kind)
     image = Image.fromarray(levels) if kind == "uint8" else levels
-    found = settle(Scaling(scale=scale, normalise="data"), "resnet18", 3, LabelledImages([image]))
+    found = settle(Scaling(scale=scale, normalise="data"), "resnet18", 3, data.LabelledImages([image]))
     assert found["mean"] == pytest.approx(levels.mean((0, 1)) / white)
     assert found["std"] == pytest.approx(levels.std((0, 1)) / white, rel=1e-5)
 
@@ -150,7 +146,7 @@ def test_a_file_that_cannot_be_read_is_named_with_the_reason(tmp_path, monkeypat
     """In a run, and where a transform is given its path."""
     monkeypatch.setattr(remote, "LARGE_IMAGE", 2**20)
     path = tmp_path / "broken.npy"
-    transform = eval_transform(8, bands=Bands(13))
+    transform = transforms.eval_transform(8, bands=Bands(13))
     pages = [struct.pack("<HHHIII", 1, 256, 99, 1, 1, 8 + 18 * number) for number in range(1, 5000)]
     many_pages = b"II*\0\x08\0\0\0" + b"".join(pages) + struct.pack("<HHHIII", 1, 256, 99, 1, 1, 0)
     for content, reason in (
@@ -187,8 +183,8 @@ def test_a_file_with_other_bands_is_not_called_unreadable(tmp_path):
 def test_images_in_archives_have_bands_too(tiffs, tmp_path):
     paths = sorted((tiffs / "val").rglob("*.tif"))
     write(tmp_path / "train/0.tar", labelled_tar(paths))
-    splits = load_splits("imagefolder", tmp_path, for_training_only=True, bands=Bands(13))
-    for archived in (splits.train, load_unlabelled(tmp_path, bands=Bands(13))):
+    splits = sources.load_splits("imagefolder", tmp_path, for_training_only=True, bands=Bands(13))
+    for archived in (splits.train, sources.load_unlabelled(tmp_path, bands=Bands(13))):
         for (image, _), path in zip(archived, paths, strict=True):
             assert np.array_equal(image, decoded(path.read_bytes()))
 
@@ -204,7 +200,7 @@ def test_a_scale_for_other_numbers_is_refused_and_the_likely_one_named():
     ):
         array = np.random.RandomState(0).uniform(0, highest, (8, 8, 2)).astype(np.float32)
         with pytest.raises(InputError, match="channel 1 has a standard deviation of ") as raised:
-            settle(Scaling(scale=scale), "resnet18", 2, LabelledImages([array]))
+            settle(Scaling(scale=scale), "resnet18", 2, data.LabelledImages([array]))
         assert f"go from {array[..., 0].min():.4g} to {array[..., 0].max():.4g} (mean" in str(raised.value)
         assert f"and are divided by {scale:g}; --scale {likely} is likely" in str(raised.value)
 
@@ -212,8 +208,8 @@ def test_a_scale_for_other_numbers_is_refused_and_the_likely_one_named():
 def test_photographs_that_are_nearly_black_are_told(capsys):
     """As 12 bits of an X-ray in a PNG of 16, of which 8 bits keep 16 levels."""
     for most, is_told in ((4095, True), (10000, True), (65535, False)):
-        image = to_rgb(Image.fromarray(np.linspace(0, most, 64).reshape(8, 8).astype(np.uint16)))
-        settle(Scaling(), "resnet18", 3, LabelledImages([image]))
+        image = transforms.to_rgb(Image.fromarray(np.linspace(0, most, 64).reshape(8, 8).astype(np.uint16)))
+        settle(Scaling(), "resnet18", 3, data.LabelledImages([image]))
         told = capsys.readouterr().out
         assert ("say what is white, as --scale 4095 with --bands 1,1,1" in told) == is_told == (told != "")
 
@@ -221,8 +217,8 @@ def test_photographs_that_are_nearly_black_are_told(capsys):
 def test_an_rgb_photograph_read_as_bands_is_the_photograph(images):
     """Resized, scaled and normalised alike; only the roundings to 8 bits in resizing are left out."""
     image = Image.open(images / "val" / "striped" / "0.png")
-    as_bands = eval_transform(64, bands=Bands(3, scale=255.0))(image)
-    assert (as_bands - eval_transform(64)(image)).abs().max() < 1.01 / 255 / 0.224
+    as_bands = transforms.eval_transform(64, bands=Bands(3, scale=255.0))(image)
+    assert (as_bands - transforms.eval_transform(64)(image)).abs().max() < 1.01 / 255 / 0.224
 
 
 def values(scaling: Scaling) -> tuple:
@@ -292,9 +288,9 @@ def test_what_counts_is_typed_or_told_by_the_file(capsys):
 
 def test_a_file_of_cem500k_and_a_stage_1_adapter_say_how_their_images_were_scaled(tmp_path, capsys):
     path = tmp_path / "any.pth.tar"
-    state = under("module.encoder_q.", without_head(build_backbone("resnet18", 2, channels=1).state_dict()))
+    state = under("module.encoder_q.", without_head(backbones.build_backbone("resnet18", 2, channels=1).state_dict()))
     torch.save({"arch": "resnet18", "epoch": 200, "norms": [0.583, 0.0997], "state_dict": state}, path)
-    channels, told = find_images(path)
+    channels, told = checkpoints.find_images(path)
     assert (channels, *values(known_scaling(Scaling(), channels, told, path))) == (1, 255, [0.583], [0.0997], None)
     assert "as in the pretraining, which any.pth.tar says" in capsys.readouterr().out
 

@@ -29,14 +29,11 @@ from lora_utils import LoRAManager
 from moco import pretrain
 from tests.checkpoint_files import rezipped, torch_file
 from tests.image_files import bytes_of, geotags, write
-from toolkit import InputError
-from toolkit.config import parse_args
+from toolkit import InputError, config
 from toolkit.files import read_checkpoint
-from toolkit.images.bands import Bands, Scaling
-from toolkit.images.families import known_scaling
+from toolkit.images import bands, families
 from toolkit.images.folders import ImageFiles
-from toolkit.models.backbones import build_backbone
-from toolkit.models.checkpoints import find_images, load_backbone
+from toolkit.models import backbones, checkpoints
 
 LONG = int(os.environ.get("FUZZ_EXAMPLES", 0))
 
@@ -113,13 +110,13 @@ def read_as_checkpoint(path: Path) -> None:
     with only_our_error():
         read_checkpoint(path)
     with pytest.raises(InputError) as raised:  # no mutation makes a whole backbone of it
-        load_backbone(path, num_classes=2)
+        checkpoints.load_backbone(path, num_classes=2)
     assert str(raised.value).isprintable()
 
 
 def read_as_image(path: Path) -> None:
     with only_our_error():
-        image = ImageFiles(path.parent, [path.name], Bands(3))[0]
+        image = ImageFiles(path.parent, [path.name], bands.Bands(3))[0]
         assert image.shape[2] == 3 and np.isfinite(image).all()
 
 
@@ -201,7 +198,7 @@ CHANGES = st.lists(st.tuples(PLACES, KINDS, st.one_of(PLAIN, TENSORS)), min_size
 @pytest.fixture(scope="module")
 def pretrained() -> dict:
     """What stage 1 writes."""
-    state = build_backbone("vit_mini", 1, 16).state_dict()
+    state = backbones.build_backbone("vit_mini", 1, 16).state_dict()
     model = {f"encoder_q.{name}": tensor for name, tensor in state.items() if not name.startswith("heads")}
     images = {"mean": [0.0] * 3, "std": [1.0] * 3, "channels": 3, "bands": [], "scale": 2.0, "show_bands": [1]}
     about = {"epoch": 3, "config": {"image_size": 16, "seed": 0}, "normalization": images}
@@ -213,9 +210,9 @@ def test_content_of_a_checkpoint(pretrained, tmp_path_factory, changes):
     path = write(tmp_path_factory.getbasetemp() / "edited.pth", torch_file(edited(pretrained, changes)))
     with warnings.catch_warnings(), only_our_error():
         warnings.simplefilter("ignore")
-        model, _ = load_backbone(path, num_classes=2)
+        model, _ = checkpoints.load_backbone(path, num_classes=2)
         assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
-        known_scaling(Scaling(), *find_images(path), path)
+        families.known_scaling(bands.Scaling(), *checkpoints.find_images(path), path)
 
 
 @fuzz(40, changes=CHANGES)
@@ -246,7 +243,7 @@ CONFIG_FILES = st.one_of(
 def test_a_config_of_anything(tmp_path_factory, content):
     """Both scripts read it or name what is wrong, a line for each problem."""
     path = write(tmp_path_factory.getbasetemp() / "anything.yaml", content)
-    for read in (read_options, lambda argv: parse_args(pretrain.make_parser(), argv)):
+    for read in (read_options, lambda argv: config.parse_args(pretrain.make_parser(), argv)):
         try:
             read(["--config", str(path), "--device", "cpu"])
         except InputError as error:
