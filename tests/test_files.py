@@ -75,9 +75,8 @@ def test_plain_data_of_official_files_is_read(saved):
 
 
 def test_tensors_of_a_gpu_are_read_on_the_cpu(tmp_path):
-    of_gpu = rezipped(
-        torch_file({"w": torch.ones(3)}), lambda _, data: data.replace(b"\x03\0\0\0cpu", b"\x04\0\0\0cuda")
-    )
+    content = torch_file({"w": torch.ones(3)})
+    of_gpu = rezipped(content, lambda _, data: data.replace(b"\x03\0\0\0cpu", b"\x04\0\0\0cuda"))
     (tmp_path / "a.pth").write_bytes(of_gpu)
     assert files.read_checkpoint(tmp_path / "a.pth")["w"].device.type == "cpu" and b"cuda" in of_gpu
 

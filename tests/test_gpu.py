@@ -42,6 +42,7 @@ RUNS = {  # how many kernels a step of a run launches on a GPU, and what the run
 }
 OFF = {"fp16": 0.3, "bf16": 0.1}  # by how much losses may differ from those of a CPU, which has no float16
 QUICK = ("qlora", "fp16", "segmentation")
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in RUNS if name not in QUICK]
 STAGE_1 = "--arch vit_mini --image-size 16 --batch-size 4 --epochs 1 --warmup-epochs 0 --queue-size 8 --workers 0"
 STAGE_1 += " --mlp-dim 32 --two-crops digits --precision fp32"
 
@@ -76,9 +77,7 @@ def check_a_step(monkeypatch):
     return check
 
 
-@pytest.mark.parametrize(
-    "name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in RUNS if name not in QUICK)]
-)
+@pytest.mark.parametrize("name", [*QUICK, *SLOW])
 def test_a_run_has_the_figures_of_one_on_a_cpu_and_steps_of_as_many_kernels(
     finetune, hospital, pairs, narrow, saved, tmp_path, monkeypatch, check_a_step, name
 ):
