@@ -946,8 +946,8 @@ class FineTuning(RunState):
         self.adapter_lr_factor = 1.0
         self.resnet_lr_factor = 1.0  # part of the former; the head is no softer for that
         if args.lora_init == "gradient" and args.lora_rank > 0:
-            most = optim.MOST_WITH_MASKS / args.learning_rate if self.loaders.has_masks else math.inf
-            if report["arch"] in RESNETS and not self.loaders.has_masks:
+            most = optim.MOST_WITH_MASKS / args.learning_rate if self.task.per_pixel else math.inf
+            if report["arch"] in RESNETS and not self.task.per_pixel:
                 self.resnet_lr_factor = initialization.RESNET_LR_FACTOR
             self.adapter_lr_factor = self.resnet_lr_factor * initialization.adapter_lr_factor(args.lora_rank, most)
         self.head_temperature = probe.HeadTemperature()
@@ -997,7 +997,7 @@ class FineTuning(RunState):
         if features is None:
             features = self.loaders.features(self.network, self.task, self.dtype)
         clusters = self.loaders.probe_images.clusters()
-        if clusters is None and self.loaders.has_masks:  # the pixels of an image belong together
+        if clusters is None and self.task.per_pixel:  # the pixels of an image belong together
             clusters = torch.arange(len(self.loaders.probe_images))
         started = tasks.start_head(self.task, self.model, features, self.args, clusters)
         self.baseline, self.head_temperature, found = started
@@ -1195,7 +1195,7 @@ class FineTuning(RunState):
                     self.sure_images = self.loaders.unlabelled_views(self.teacher.watched())
                 logits, _ = evaluation.all_outputs(self.network, self.sure_images, self.device, self.dtype)
                 self.still_sure = self.teacher.still_sure(logits)
-            if self.loaders.has_masks:
+            if self.task.per_pixel:
                 return self.evaluate(self.loaders.watched)
             self.watched_outputs = evaluation.all_outputs(self.network, self.loaders.watched, self.device, self.dtype)
             return self.task.answers(*self.watched_outputs)
@@ -1203,7 +1203,7 @@ class FineTuning(RunState):
     def evaluate_kept(self, batches: Iterable) -> tasks.Answers:
         """Evaluate batches with the kept weights, at the temperature that the guard's images alone would choose."""
         with self.kept_weights():
-            if self.loaders.has_masks:
+            if self.task.per_pixel:
                 return self.evaluate(batches)
             self.kept_outputs = evaluation.all_outputs(self.network, batches, self.device, self.dtype)
         optimism = self.head_temperature.optimism
@@ -1231,7 +1231,7 @@ class FineTuning(RunState):
         before = self.head_temperature.spread
         if optimism is None and before is None and not self.task.always_calibrates:  # numbers, or a head of no probe
             return False
-        if self.loaders.has_masks:
+        if self.task.per_pixel:
             how = (self.device, self.dtype, len(self.loaders.watched_images))
             outputs, targets = self.task.pixel_outputs(self.model, self.loaders.watched, *how)
         else:

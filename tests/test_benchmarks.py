@@ -184,7 +184,10 @@ def test_pages_have_the_figures_of_the_runs(monkeypatch):
     assert sorted(in_pages) == sorted(tables.definitions())  # each once, in the book or in README
 
 
-@pytest.mark.parametrize("command", [c for c in commands(BOOK.read_text()) if "pytest" not in c])
+SENTENCES = re.findall(r"`(python -m benchmarks\.(?!tables)[^`]+)`", BOOK.read_text())
+
+
+@pytest.mark.parametrize("command", [c for c in commands(BOOK.read_text()) if "pytest" not in c] + SENTENCES)
 def test_every_command_of_the_book_is_understood(command, monkeypatch):
     """A script ends where it has read its options; what it passes on is understood by the runs that it starts."""
     real = argparse.ArgumentParser.parse_known_args

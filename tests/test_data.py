@@ -232,6 +232,8 @@ def test_a_validation_part_has_some_of_each_class_and_never_all_and_so_has_what_
         assert len(part) == pytest.approx(fifth, rel=0.2) and names_in(part).isdisjoint(names_in(rest))
     with pytest.raises(InputError, match="every class has only one"):
         sources.validation_part(set_of(in_files, cat=1, dog=1))
+    numbers = data.LabelledImages([0] * 10, [0] * 10, targets=torch.tensor([[9, 1, 7, 3, 5, 8, 0, 6, 2, 4.0]]).T)
+    assert sources._alike(numbers) == [4, 0, 3, 1, 2, 4, 0, 3, 1, 2]  # fifths by size
     few = images.at_most(10)
     assert len(few) == 10 and {*few.labels} == {0, 1, 2, 3}
     drawn = set_of(in_files, many=501).at_most(10)  # where nothing is missing, as randperm says

@@ -132,6 +132,10 @@ def test_a_probe_of_the_training_images_says_whose_statistics_norms_begin_with(n
     assert torch.equal(torch.get_rng_state(), drawn)
     losses = [probe.loss for probe in losses]
     assert chosen.norms == ("own" if losses[1] < 0.99 * losses[0] else "auto")
+    with mock.patch.object(finetune_lora.distributed, "gather", lambda serves: [not serves]):  # in the first process
+        others = finetune_lora.with_norms_chosen(args, plan, model, report, splits)
+    assert {chosen.norms, others.norms} == {"own", "auto"}
+    losses = losses[:2]
     torch.testing.assert_close({name: model.state_dict()[name] for name in before}, before, rtol=0, atol=0)
     assert not followers(model) and not evaluation.training_norms(model)
 
