@@ -38,11 +38,6 @@ def test_the_interval_of_a_share_is_wilsons(hits, images):
     assert (share - low, high - share) == pytest.approx(halves)
 
 
-def once(images: int) -> torch.Tensor:
-    """Weights, (1, N), by which each image counts once."""
-    return torch.ones(1, images)
-
-
 def ranked(scores: torch.Tensor, positive: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """AP and AUROC of images by their scores (N,), (n, 2) for weights (n, N)."""
     return measures.ranking(scores, positive, torch.arange(len(scores)), weights)
@@ -70,14 +65,14 @@ def test_what_is_the_same_everywhere_has_no_figure():
     """scikit-learn says 0 or NaN, and warns; a mean over labels has to leave both out."""
     scores = torch.rand(9)
     ones = torch.ones(9)
-    assert ranked(scores, 0 * ones, once(9)).isnan().all()
-    [[precision, area]] = ranked(scores, ones, once(9))
+    assert ranked(scores, 0 * ones, torch.ones(1, 9)).isnan().all()
+    [[precision, area]] = ranked(scores, ones, torch.ones(1, 9))
     assert precision == metrics.average_precision_score(ones, scores) == 1 and area.isnan()
     assert ranked(scores[:0], ones[:0], torch.ones(3, 0)).isnan().tolist() == [[True, True]] * 3  # nothing is known
     assert math.isnan(measures.threshold_for(scores, 0 * ones, "f1"))
     assert math.isnan(measures.threshold_for(scores, ones, "specificity=0.9"))
-    assert measures.r2(torch.rand(5), torch.full((5,), 3e8), once(5)).isnan()
-    assert measures.spearman(torch.rand(5), torch.ones(5), once(5)).isnan()
+    assert measures.r2(torch.rand(5), torch.full((5,), 3e8), torch.ones(1, 5)).isnan()
+    assert measures.spearman(torch.rand(5), torch.ones(5), torch.ones(1, 5)).isnan()
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -130,7 +125,7 @@ def test_figures_of_numbers_are_scikit_learns_and_scipys(seed):
     repeated = torch.arange(50).repeat_interleave(times)
     for ours, theirs in pairs.items():
         for way in (answers, -answers):
-            assert ours(way, truth, once(50)).item() == pytest.approx(theirs(truth, way), abs=1e-9)
+            assert ours(way, truth, torch.ones(1, 50)).item() == pytest.approx(theirs(truth, way), abs=1e-9)
         of_repeated = theirs(truth[repeated], answers[repeated])
         assert ours(answers, truth, times[None]).item() == pytest.approx(of_repeated, abs=1e-9)
 
@@ -259,7 +254,7 @@ def test_the_roc_has_the_chosen_point_the_diagonal_and_the_auroc(tmp_path, monke
     diagonal, curve, point = drawn[0].lines
     assert list(zip(*diagonal.get_data(), strict=True)) == [(0, 0), (1, 1)]
     assert curve.get_label() == f"rare {report.by['auroc'][0]:.1%}"
-    rates = answers.rates(torch.tensor([0.6]), once(60))
+    rates = answers.rates(torch.tensor([0.6]), torch.ones(1, 60))
     assert point.get_data() == ([1 - rates["specificity"].item()], [rates["sensitivity"].item()])
 
 
@@ -275,9 +270,9 @@ def test_numbers_of_any_size_are_measured():
     """Seconds since 1970: their squares leave nothing of what differs."""
     truth = torch.rand(100, dtype=torch.float64) * 300
     answers = truth + torch.randn(100)
-    expected = measures.r2(answers, truth, once(100)).item()
-    assert measures.r2(answers + 1.7e9, truth + 1.7e9, once(100)).item() == pytest.approx(expected, abs=1e-6)
-    assert measures.r2(answers, torch.full((100,), 1.7e9, dtype=torch.float64), once(100)).isnan()
+    expected = measures.r2(answers, truth, torch.ones(1, 100)).item()
+    assert measures.r2(answers + 1.7e9, truth + 1.7e9, torch.ones(1, 100)).item() == pytest.approx(expected, abs=1e-6)
+    assert measures.r2(answers, torch.full((100,), 1.7e9, dtype=torch.float64), torch.ones(1, 100)).isnan()
     far = torch.tensor([0.0, 1.0, 1000.0])  # left out once, and the others differ by little
     assert measures.r2(far + 0.25, far, torch.tensor([[1, 1, 0]])).item() == pytest.approx(1 - 0.0625 / 0.25)
     errors = 1e-20 * (1 + torch.rand(60, dtype=torch.float64))

@@ -39,12 +39,6 @@ def answers(found: probe.Probe, features: torch.Tensor) -> torch.Tensor:
     return features.double() @ found.weight.double().T + found.bias
 
 
-class Net(nn.Module):
-    def __init__(self, features: int, classes: int):
-        super().__init__()
-        self.fc = nn.Linear(features, classes)
-
-
 @pytest.mark.parametrize(
     ("classes", "weights", "grouped"),
     [(2, None, True), (2, "balanced", False), (3, "balanced", True), (4, None, False)],
@@ -200,7 +194,7 @@ def test_a_class_with_one_image_or_none_and_images_that_are_all_alike():
 def test_the_temperature_grows_with_the_rate_if_features_train_and_at_a_low_one_keeps_the_confidence(towards):
     """Logits are divided as far as they are from a constant answer. With label smoothing they are to be less sure."""
     features, labels = clusters(4, spread=0.1)
-    model = Net(8, 4)
+    model = nn.ModuleDict({"fc": nn.Linear(8, 4)})
     probe.set_head(model, probe.fit_linear_probe(features, labels, 4))
     logits = model.fc(features) - towards
     loss = functools.partial(F.cross_entropy, target=labels)
@@ -283,19 +277,6 @@ def test_the_ridge_is_scikit_learns_on_standardised_features(images):
     assert found.strength == min(errors, key=errors.get)
 
 
-def test_a_head_is_softened_towards_a_constant_answer():
-    features = torch.randn(120, 8)
-    model = Net(8, 3)
-    task = tasks.MultiLabel(["a", "b", "c"])
-    task.constant_logits = constant = torch.tensor([0.0, -1.0, -2.5])
-    before = model.fc(features)
-    task.soften(model, 2.0)
-    task.soften(model, 1.5)  # as after a retreat: one after the other is both at once
-    torch.testing.assert_close(model.fc(features), (before - constant) / 3 + constant, rtol=1e-3, atol=1e-3)
-    task.soften(model, 1e6)
-    torch.testing.assert_close(model.fc(features), constant.expand(120, 3), rtol=1e-3, atol=1e-3)
-
-
 def test_a_class_of_one_patient_is_left_out_of_the_validation():
     """When that patient is held out nothing is known of it: its images have no answer, and all others have."""
     features, labels = clusters(3, spread=2.0)
@@ -331,8 +312,8 @@ def test_the_probe_of_numbers_is_chosen_over_groups():
     features = torch.randn(15, 40)[patients] + 0.01 * torch.randn(60, 40)
     numbers = torch.randn(15, 1)[patients].double()
     head = tasks.Regression(["age"], numbers)
-    by_group = head.start(Net(40, 1), features, numbers, 1, patients).strength
-    assert by_group > 10 * head.start(Net(40, 1), features, numbers, 1).strength
+    by_group = head.start(nn.ModuleDict({"fc": nn.Linear(40, 1)}), features, numbers, 1, patients).strength
+    assert by_group > 10 * head.start(nn.ModuleDict({"fc": nn.Linear(40, 1)}), features, numbers, 1).strength
 
 
 def test_scipy_has_one_thread_while_pytorch_has_its_own(monkeypatch):

@@ -129,16 +129,16 @@ def test_of_a_scene_fewer_pixels_are_drawn(pictures, monkeypatch, tmp_path):
     for kind in ("images", "masks"):
         save_image(tmp_path / kind / "0.png", levels)
     images = pairs_in(tmp_path, None, MaskReader(None, [255]))
+    reader = MaskReader(Classes(("even", "odd"), colours=((0, 0, 255), (0, 255, 0))))
     drawn = []
     monkeypatch.setattr(segmentation, "save_figure", lambda figure, _: drawn.extend(figure.axes))
     answers = PixelAnswers(0.0, torch.ones(1, 2, 2), torch.ones(15, 3), {0: torch.zeros(6, 2500).byte()})
-    task = Segmentation(["even", "odd"])
-    task.report(answers).draw_mistakes(images, tmp_path / "mistakes.png")
+    Segmentation(["even", "odd"], masks=reader).report(answers).draw_mistakes(images, tmp_path / "mistakes.png")
     picture, truth, answer = (axes.images[0].get_array() for axes in drawn)
     assert picture.shape == truth.shape == answer.shape == (2, 834, 3)
     assert np.array_equal(truth[0, 0], answer[0, 0])  # where nothing is known both are grey
-    for shown, label in ((truth, 1), (answer, 0)):
-        assert np.allclose(shown[1, 1], 0.4 * picture[1, 1] + 0.6 * task.palette()[label])
+    for shown, colour in ((truth, [0, 1, 0]), (answer, [0, 0, 1])):
+        assert np.allclose(shown[1, 1], 0.4 * picture[1, 1] + 0.6 * np.array(colour))
 
 
 def test_a_run_starts_as_the_probe_of_pixels(start, pairs, saved, narrow, monkeypatch):
@@ -295,8 +295,3 @@ def test_the_features_of_a_pixel_are_at_its_column_and_row(monkeypatch):
     assert torch.equal(classes, (column >= 13).long())
     first, second, third = features.split(segmentation.PROBE_ROWS // 6)
     assert not torch.equal(first, second) and not torch.equal(second, third)
-
-
-def test_a_task_has_the_colours_of_its_masks():
-    reader = MaskReader(Classes(("sea", "land"), colours=((0, 0, 255), (0, 255, 0))))
-    assert Segmentation(["sea", "land"], masks=reader).palette().tolist() == [[0, 0, 1], [0, 1, 0]]

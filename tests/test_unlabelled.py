@@ -161,14 +161,6 @@ def test_held_out_answers_are_judged_at_the_temperature_that_fits():
     assert judged.hits[[0, 2, 3]].tolist() == [1, 1, 0] and judged.hits[1].isnan() and judged.losses[1].isnan()
 
 
-def test_gains_of_one_patient_are_one_gain():
-    gains = torch.tensor([1.0, 3.0, 1.0, 3.0, math.nan])
-    assert unlabelled.standard_error(gains, None) == pytest.approx(0.5)  # a deviation of 1 by the root of 4
-    alike = torch.tensor([0, 1, 0, 1, 1])
-    assert unlabelled.standard_error(gains, alike) == pytest.approx(math.sqrt(2) / 2)
-    assert unlabelled.standard_error(gains, torch.tensor([0, 0, 1, 1, 1])) == 0
-
-
 def test_answers_that_are_not_sure_teach_the_head_nothing():
     """Others count by how sure they are, here of a class or of (0.8, 0.1, 0.1), all together thrice as labels do."""
     images, known, truth = placed(30, others=90)
@@ -182,10 +174,8 @@ def test_answers_that_are_not_sure_teach_the_head_nothing():
     targets = torch.cat([known.targets, answers[30:60].double()])
     rows = probe.SCALINGS["deviation"](images.rows).rows
     counts = torch.cat([known.counts, 3.0 * 60 * sure / sure.sum()])
-    fitted = probe.logistic(
-        rows[:60], targets, counts, unlabelled.DISTILLED, probe.softmax_loss, intercept=True
-    ).float()
-    expected = rows @ fitted[:, :-1].T + fitted[:, -1]
+    fitted = probe.logistic(rows[:60], targets, counts, unlabelled.DISTILLED, probe.softmax_loss, intercept=True)
+    expected = rows @ fitted[:, :-1].float().T + fitted[:, -1].float()
     torch.testing.assert_close(images.rows @ weight.T + bias, expected, atol=0.02, rtol=0)
 
 
@@ -223,22 +213,22 @@ def test_points_have_one_length_and_directions_about_the_same_spread():
 @pytest.mark.parametrize(
     ("gains", "right", "patients", "taken"),
     [
-        ([0.1, 0.9, 0.1, 0.9], 3, None, True),  # a mean of 0.5, whose standard error is 0.2
-        ([0.1, 0.9, 0.1, 0.9], 2, None, False),
-        ([-0.1, 1.1, -0.1, 1.1], 3, None, False),  # whose standard error is 0.3
-        ([0.1, 0.9, 0.1, 0.9], 3, torch.tensor([0, 1, 0, 1]), False),  # over patients it is 0.28
+        ([0.1, 0.9, 0.1, 0.9, math.nan], 3, None, True),  # a mean of 0.5, whose standard error is 0.2
+        ([0.1, 0.9, 0.1, 0.9, math.nan], 2, None, False),
+        ([-0.1, 1.1, -0.1, 1.1, math.nan], 3, None, False),  # whose standard error is 0.3
+        ([0.1, 0.9, 0.1, 0.9, math.nan], 3, torch.tensor([0, 1, 0, 1, 1]), False),  # over patients it is 0.28
     ],
 )
 def test_k_means_is_taken_if_its_loss_is_lower_by_two_errors(monkeypatch, gains, right, patients, taken):
-    """And if no less is right: the probe has three of four right."""
-    of_probe = unlabelled.Judged(1.0, torch.full((4,), 1.0), torch.tensor([1.0, 1.0, 1.0, 0.0]))
-    of_k_means = unlabelled.Judged(1.0, 1.0 - torch.tensor(gains), (torch.arange(4) < right).float())
-    answers = dict.fromkeys(("probe", "k-means"), torch.zeros(2, 4, CLASSES))
+    """And if no less is right: the probe has three of four right. Of a fifth image nothing was held out."""
+    of_probe = unlabelled.Judged(1.0, torch.full((5,), 1.0), torch.tensor([1.0, 1.0, 1.0, 0.0, math.nan]))
+    of_k_means = unlabelled.Judged(1.0, 1.0 - torch.tensor(gains), (torch.arange(5) < right).float())
+    answers = dict.fromkeys(("probe", "k-means"), torch.zeros(2, 5, CLASSES))
     monkeypatch.setattr(unlabelled, "held_out_answers", lambda *_: answers)
     monkeypatch.setattr(unlabelled, "judge", mock.Mock(side_effect=[of_probe, of_k_means]))
-    features, labels = clustered(4, seed=1)
+    features, labels = clustered(5, seed=1)
     plain = probe.fit_linear_probe(features, labels, CLASSES)
-    images, known, _ = placed(4, others=60)
+    images, known, _ = placed(5, others=60)
     found = unlabelled.start(images, known, plain, clusters=patients)
     assert (found.probe is not plain) == taken and (found.name == "k-means") == taken
 

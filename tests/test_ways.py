@@ -106,12 +106,6 @@ def test_norms_follow_on_a_cpu_unless_they_are_asked_to_elsewhere():
             assert finetune_lora.settled_norms(args, torch.device(device)) == expected
 
 
-def normalised_by(norms: list[nn.Module], momentum: float) -> None:
-    for norm in norms:
-        norm.momentum = momentum
-        norm.train()
-
-
 def test_a_probe_of_the_training_images_says_whose_statistics_norms_begin_with(narrow, saved, images, monkeypatch):
     """The stored ones, or those that stock BatchNorms take of the images, but for the stem's; nothing else changes."""
     narrow = narrow | {name: torch.tensor(5) for name in narrow if name.endswith("num_batches_tracked")}
@@ -147,7 +141,9 @@ def test_a_probe_of_the_training_images_says_whose_statistics_norms_begin_with(n
     expected = [fit_linear_probe(dense(x), labels, 3).loss]
     norms = [module for name, module in dense.named_modules() if isinstance(module, nn.BatchNorm2d) and name != "bn1"]
     for number, batch in enumerate(x.split(7), 1):  # the mean of three batches
-        normalised_by(norms, 1 / number)
+        for norm in norms:
+            norm.momentum = 1 / number
+            norm.train()
         dense(batch)
     expected.append(fit_linear_probe(dense.eval()(x), labels, 3).loss)
     assert losses == pytest.approx(expected, rel=1e-3) and losses[0] != pytest.approx(losses[1], rel=1e-2)
