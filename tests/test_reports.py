@@ -364,18 +364,14 @@ NARROW = {"task": MultiLabel, "val_macro_ap_interval": (0.745, 0.755)}
 
 def test_the_gain_is_over_the_linear_probe():
     for run, gained, judgement in (
-        ({"probe": 0.70}, "+12 points", ", more than chance explains"),
         ({"probe": 0.77}, "+5 points", ", which may be chance with 300 evaluation images"),
-        ({"probe": 0.90}, "-8 points", ": worse, beyond chance"),
         ({"val_accuracy_interval": None}, "+12 points", "; there is no interval to judge it by"),
         # --keep-best: the best of several epochs is above the others by chance, too
         ({"chosen_by": CHOSEN}, "+12 points", ", flattered: the evaluation images chose the epoch"),
         ({"chosen_by": CHOSEN, "probe": 0.9}, "-8 points", ": worse, beyond chance"),
         ({"task": Regression, "probe": 0.5}, "+0.32", ", more than chance explains"),
         # The probe's AP of few positives is as much too high as the run's
-        (OF_LABELS | {"probe": 0.82}, "+0 points", ", which may be chance with 300 evaluation images"),
         (OF_LABELS | {"probe": 0.89}, "-7 points", ": worse, beyond chance"),
-        (OF_LABELS | {"probe": 0.76}, "+6 points", ", more than chance explains"),
         (NARROW | {"probe": 0.81}, "+1 points", ", more than chance explains"),
     ):
         assert judged(**run).gained == f"{gained} against the linear probe{judgement}"
@@ -403,35 +399,28 @@ def test_what_limits_a_run_comes_with_one_next_step():
     """Of each limit words that it has, and how the step ends."""
     for run, limits, next_step in (
         ({}, [], "predict lora.pth new_images --output answers.csv"),
-        ({"task": Segmentation}, [], "--output maps"),
         # A tenth of the gain over the probe is 0.012
         ({"scores": (0.7, 0.809, 0.74, 0.82)}, [], "answers.csv"),
         ({"scores": (0.7, 0.76, 0.82)}, [], "answers.csv"),  # three epochs have no last quarter
         ({"scores": (0.7, 0.74, 0.807, 0.82)}, ["few epochs: the score still rose"], "same command with --epochs 8"),
-        ({"lowered": 30, "probe": 0.8}, ["few training steps: the learning rate was lowered to 3.3%"], "--epochs 8"),
         ({"lowered": 1.6, "probe": 0.9}, ["few training steps: the learning rate was lowered to 62%"], "--epochs 8"),
         # Below the probe the rate is searched, or, where it was or cannot be, a third of it
         ({"probe": 0.9, "learning_rate": 3e-4, "head_learning_rate": 2.1e-4}, [], "--learning-rate auto"),
         ({"probe": 0.9, "chosen_by": {"learning rate": "trials"}}, [], "--learning-rate 3e-04"),
         ({"probe": 0.9, "unlabelled": {}}, [], "--learning-rate 3e-04"),
         ({"probe": 0.9, "lowered": 8, "retreats": [{}]}, ["collapsed, or gained nothing"], "--learning-rate auto"),
-        ({"per_class": 5, "probe": 0.9, "lowered": 8}, ["few images, 5 of each class", "few training"], "--epochs 8"),
         # With few labels what helps there; both ways are for one class an image
         (FEW_LABELS, ["25 of each class"], "or images without labels: the same command with --unlabelled FOLDER"),
         (FEW_LABELS | {"unlabelled": {"images": 900}}, ["25 of each class"], "new_images --output to_label"),
         (FEW_LABELS | FROM_LIST, ["25 of each class"], "--output to_label --labelled 'my list.csv' val.csv"),
         # Of those also where much was gained
-        (OVERFITTED | {"per_class": 5, "unlabelled": {}}, ["few images", "(loss 0.6 against 0.1)"], "to_label"),
         (OVERFITTED | {"per_class": 5, "task": MultiLabel}, ["5 of each label", "overfitting"], "more labelled images"),
         ({"per_class": 25}, ["few images"], "answers.csv"),  # which gained much all the same
         (FEW_LABELS | {"val_accuracy_interval": None}, ["few images"], "answers.csv"),  # chance is not told
         (FEW_LABELS | {"per_class": 26}, [], "--epochs 8"),
         (FEW_LABELS | {"task": MultiLabel}, ["25 of each label"], "more labelled images"),
-        (FEW_LABELS | {"task": Regression}, ["25 of each number"], "more labelled images"),
-        (FEW_LABELS | {"task": Segmentation}, ["25 of each class"], "more labelled images"),
         ({"probe": 1.0, "val_images": 20}, [], "answers.csv"),  # nothing is left to gain
         # Photographs that are overfitted are varied more; masks and bands have no such augmentation
-        (OVERFITTED, ["overfitting"], "--augmentation trivial"),
         (OVERFITTED | {"probe": 0.8}, ["overfitting"], "--augmentation trivial"),
         (OVERFITTED | {"task": Segmentation}, ["overfitting"], "--output maps"),
         (OVERFITTED | {"normalization": {"scale": 1e4}}, ["overfitting"], "answers.csv"),
