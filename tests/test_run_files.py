@@ -30,7 +30,6 @@ from toolkit.run import commands, options, run_state, verdict
 def test_options_are_defaults_then_file_then_command_line(base, images, pairs, tmp_path):
     for file, typed, expected in (
         ("", "", {"lora_rank": 8, "lora_alpha": 16, "learning_rate": 1e-4, "epochs": 10}),
-        ("finetune: {lora_rank: 2, epochs: 3}", "--lora-rank 4", {"lora_rank": 4, "epochs": 3, "learning_rate": 1e-4}),
         ("model: {arch: vit_mini}", "", {"arch": "vit_mini", "lora_rank": 8}),
         # Alpha is twice the rank. Only what is typed has to go with a rank of 0
         ("", "--rank 16", {"lora_rank": 16, "lora_alpha": 32}),
