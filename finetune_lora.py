@@ -1192,7 +1192,7 @@ class FineTuning(RunState):
         with self.kept_weights():
             if self.teacher is not None:
                 if self.sure_images is None:
-                    self.sure_images = self.loaders.unlabelled_views(self.teacher.watched())
+                    self.sure_images = self.loaders.unlabelled_views(self.teacher.surest())
                 logits, _ = evaluation.all_outputs(self.network, self.sure_images, self.device, self.dtype)
                 self.still_sure = self.teacher.still_sure(logits)
             if self.task.per_pixel:

@@ -355,7 +355,7 @@ def measure_training(args: argparse.Namespace) -> list[dict]:
         loader = data.build_loader(images, 32, shuffle=True, workers=workers)
         meter = data.LoadingMeter()
         train(model, optimizer, limited(loader, 2))  # processes start, caches fill
-        train(model, optimizer, meter.watched(limited(loader, args.batches)))
+        train(model, optimizer, meter.timed(limited(loader, args.batches)))
         rows.append({"workers": workers, "processes": loader.num_workers, **meter.results()})
         title = workers if workers != "auto" else f"auto: {loader.num_workers}"
         print(f"| {title} | {rows[-1]['images_per_second']:.1f} | {rows[-1]['waiting_share']:.1%} |", flush=True)

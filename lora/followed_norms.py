@@ -35,7 +35,7 @@ from toolkit.models.norms import FreezableBatchNorm2d, constant_scale_and_shift,
 
 PATCHES = 512  # how many patches C is estimated from
 COMPONENTS = 64  # how many principal components of C are kept
-STEADY = 0.01  # this share of var is added to v, which is near 0 in a channel that is dead on the images
+SHARE_ADDED = 0.01  # of var, to v, which is near 0 in a channel that is dead on the images
 LEAST_RATIO = 1e-4  # of var' to var: above 0 in spite of rounding
 LEAST_SPREAD = 1e-20  # v(W) of a channel that is always 0, by which v(W + s B A) is divided
 STATISTICS = ("running_mean", "running_var")  # their names in a BatchNorm
@@ -96,7 +96,7 @@ class FollowedNorm(AdapterStatistics):
         self.inputs = principal_components(patches - self.centre, COMPONENTS)  # (k, fan_in): C = inputs^T inputs
         outputs = self.inputs @ nf4.dense_weight(conv.base(), patches.dtype).flatten(1).T  # (k, out)
         self.doubled = 2 * outputs
-        self.spread = (outputs.square().sum(0) + STEADY * self.variance).clamp_min(LEAST_SPREAD)  # v(W), (out,)
+        self.spread = (outputs.square().sum(0) + SHARE_ADDED * self.variance).clamp_min(LEAST_SPREAD)  # v(W), (out,)
 
     def statistics(self, conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
         A = conv.lora_A  # (r, fan_in)

@@ -30,7 +30,7 @@ from lora.int8 import Int8Weight, multiplies_exactly
 from lora.nf4 import NF4Weight, dense_weight
 
 Weight = Tensor | NF4Weight | Int8Weight  # of floats, or frozen in 4 or 8 bits
-PARTS = 8  # at most, in which a CPU computes the gradient through a recomputed LayerNorm
+MOST_PARTS = 8  # at most, in which a CPU computes the gradient through a recomputed LayerNorm
 PART_NUMEL = 2**17  # numbers in each, or more
 
 
@@ -203,7 +203,7 @@ def _pull_back(prologue: Prologue | None, gradient: Tensor, x: Tensor, statistic
     dtype = x.dtype if prologue.weight is None else prologue.weight.dtype
     size = max(len(x), 1)
     if x.device.type == "cpu":  # all rows at once would be the peak of a ViT's memory; on a GPU each part is kernels
-        size = max(math.ceil(len(x) / PARTS), PART_NUMEL // max(x.shape[1], 1), 1)
+        size = max(math.ceil(len(x) / MOST_PARTS), PART_NUMEL // max(x.shape[1], 1), 1)
     pieces = zip(*(t.split(size) for t in (result, gradient, x, *statistics)), strict=True)
     for of_result, of_gradient, of_x, mean, deviation in pieces:
         rows = (of_gradient.to(dtype), of_x.to(dtype), prologue.normalized_shape, mean, deviation)

@@ -100,7 +100,7 @@ def train(run: "Pretraining") -> None:
             progress = run.begin_epoch()
             unread = []  # the images of each step, and its loss: see `training.read_figures`
             run.model.train()
-            batches = run.meter.watched(run.loader)
+            batches = run.meter.timed(run.loader)
             title = f"epoch {run.epoch + 1}/{args.epochs}"
             bar = runs.progress_bar(batches, title, initial=progress.steps, total=run.steps_per_epoch)
             with progress.timed(), bar:

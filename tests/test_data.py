@@ -282,7 +282,7 @@ def test_the_meter_tells_waiting_from_working(monkeypatch):
     meter = data.LoadingMeter()
     assert meter.results() == {"images_per_second": 0, "waiting_share": 0} and meter.shown() == {}
     for _ in range(2):  # two epochs
-        for _ in meter.watched(loader()):
+        for _ in meter.timed(loader()):
             clock[0] += 3.0  # it takes the loop to use it
         clock[0] += 50.0  # evaluation is not counted
     assert meter.results() == pytest.approx({"images_per_second": 20 / 21, "waiting_share": 3 / 21})
@@ -292,7 +292,7 @@ def test_the_meter_tells_waiting_from_working(monkeypatch):
     # both of two processes.
     monkeypatch.setattr(data.distributed, "world_size", lambda: 2)
     meter = data.LoadingMeter()
-    batches = meter.watched(loader())
+    batches = meter.timed(loader())
     next(batches)
     clock[0] += 1.5
     batches.close()

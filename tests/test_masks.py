@@ -13,16 +13,16 @@ import torch.nn.functional as F
 from PIL import Image
 
 from tests.image_files import bytes_of, oriented, png_of, save_image
-from toolkit import InputError
+from toolkit import NO_LABEL, InputError
 from toolkit.images import data, masks, sources
 from toolkit.images.bands import Bands
 from toolkit.images.lists import ImageList
-from toolkit.images.masks import UNKNOWN, Classes, MaskReader, pair_transforms, pairs_in, palette, read_classes
+from toolkit.images.masks import Classes, MaskReader, pair_transforms, pairs_in, palette, read_classes
 
 tifffile = pytest.importorskip("tifffile")
 
 LEVELS = np.array([[0, 1, 2, 255], [2, 2, 0, 1], [1, 255, 0, 0]], np.uint8)
-EXPECTED = np.where(LEVELS == 255, UNKNOWN, LEVELS.astype(int))
+EXPECTED = np.where(LEVELS == 255, NO_LABEL, LEVELS.astype(int))
 THREE = Classes(("sea", "land", "ice"))
 COLOURS = ((0, 0, 255), (0, 200, 0), (255, 255, 255))
 BLACK_LAST = Classes(("cell", "ground"), colours=((255, 255, 255), (0, 0, 0)))
@@ -116,9 +116,9 @@ def test_values_that_are_no_numbers_of_classes(tmp_path):
     path = str(save_image(tmp_path / "m.tif", np.array([[-1, 30000], [7, -9999]], np.int32)))
     classes = Classes(("a", "b"), values=(7, 30000))
     for unknown in ([-1, -9999], [-1, -9999, 7.5]):  # which is not 7
-        assert MaskReader(classes, unknown)(path).tolist() == [[UNKNOWN, 1], [0, UNKNOWN]]
+        assert MaskReader(classes, unknown)(path).tolist() == [[NO_LABEL, 1], [0, NO_LABEL]]
     tifffile.imwrite(path, np.array([[7, -3.4e38]], np.float32))
-    assert MaskReader(classes, [-(10**38)])(path).tolist() == [[0, UNKNOWN]]
+    assert MaskReader(classes, [-(10**38)])(path).tolist() == [[0, NO_LABEL]]
 
 
 # The suffix and the content of the mask, the classes, and what the message says besides the name of the mask.
@@ -203,7 +203,7 @@ def test_an_image_that_its_exif_data_turn_lies_under_its_mask(tmp_path):
         for transform, size in ((crop, (32, 32)), (whole, (64, 96))):
             image, mask = data.Transformed(images, transform)[0, 1]
             assert image.shape[1:] == mask.shape == size
-            known = mask != UNKNOWN
+            known = mask != NO_LABEL
             assert (((image.mean(0) > 0.5) == mask)[known]).float().mean() > 0.99
 
 
@@ -246,7 +246,7 @@ def test_colours_are_apart_and_what_is_unknown_is_grey():
     assert (np.linalg.norm(many[:, None] - many[None], axis=2) + np.eye(256)).min() > 0.07
     in_8_bits = masks.coloured(torch.tensor([[156]], dtype=torch.uint8), many)  # -100 in 8 bits is 156
     assert np.array_equal(in_8_bits[0, 0], many[156])
-    picture = masks.coloured(torch.tensor([[0, UNKNOWN, 2]]), palette(3))
+    picture = masks.coloured(torch.tensor([[0, NO_LABEL, 2]]), palette(3))
     assert np.array_equal(picture, [[many[0], [0.6] * 3, many[2]]])
     assert np.array_equal(palette(2, [(255, 0, 0), (0, 0, 51)]), [[1, 0, 0], [0, 0, 0.2]])
 
@@ -360,7 +360,7 @@ def test_targets_count_the_pixels_that_evaluation_sees(tmp_path):
     for i, (image, mask) in enumerate(whole):
         levels = torch.from_numpy(np.asarray(images[i][0]).copy()).permute(2, 0, 1)
         torch.testing.assert_close(image, levels / 127.5 - 1)
-        known = mask[mask != UNKNOWN]
+        known = mask[mask != NO_LABEL]
         assert torch.equal(torch.bincount(known, minlength=3).float(), images.targets[i])
         np.testing.assert_allclose(images.picture(i, 2), levels.permute(1, 2, 0)[::2, ::2] / 255)
 
@@ -388,7 +388,7 @@ def test_image_and_mask_stay_together(channels, scale, height, width, augmentati
         found, classes = crop(image, mask)
         assert found.shape == (channels, 32, 32) and classes.shape == (32, 32) and found.dtype == torch.float32
         found = (found * 0.25 + 0.1) * scale
-        known = classes != UNKNOWN
+        known = classes != NO_LABEL
         inner = F.avg_pool2d(known[None].float(), 5, 1, 2)[0] == 1  # at the border pixels of the window are repeated
         assert (found[:, inner] - classes[inner]).abs().max() <= (0.01 if augmentation == "none" else 1.6)
         flipped.add(bool(classes.diff(dim=1)[inner[:, 1:]].float().mean() < 0))
@@ -403,7 +403,7 @@ def test_image_and_mask_stay_together(channels, scale, height, width, augmentati
 @pytest.mark.parametrize("augmentation", ["crop", "none"])
 def test_a_crop_has_a_known_pixel_wherever_these_are(augmentation):
     """Of a scene in which a few points were visited on the ground."""
-    mask = torch.full((300, 200), UNKNOWN)
+    mask = torch.full((300, 200), NO_LABEL)
     for row, column in ((0, 0), (299, 199), (150, 20)):
         mask[row : row + 3, column : column + 3] = 1
     crop, _ = pair_transforms(32, augmentation, **TWO_BANDS)

@@ -254,14 +254,14 @@ def test_where_the_start_is_no_surer_than_chance_nothing_is_learnt_from_it():
 def test_what_was_answered_surely_stays_so_but_for_what_must_have_been_wrong():
     """Of four answers as sure as 0.7 three quarters of 2.8 have to stay, of 0.66 three quarters of 2.64."""
     found = teacher_of()
-    assert found.watched().tolist() == [0, 3, 1, 2]  # by class, and in each the surest first
-    with mock.patch.object(teacher, "WATCHED", 2):  # and one of each class at least
-        assert found.watched().tolist() == [0, 1, 2]
+    assert found.surest().tolist() == [0, 3, 1, 2]  # by class, and in each the surest first
+    with mock.patch.object(teacher, "SUREST", 2):  # and one of each class at least
+        assert found.surest().tolist() == [0, 1, 2]
     for certainty, changed, still_sure in ((0.99, 1, True), (0.7, 2, False), (0.66, 2, True)):
         rest = (1 - certainty) / 2
         found.first_answers = torch.full((4, 3), rest).fill_diagonal_(certainty)
         found.first_answers[3, 0] = certainty
-        logits = found.first_answers[found.watched()].log()
+        logits = found.first_answers[found.surest()].log()
         logits[:changed] = torch.tensor([0.0, 9.0, 0.0])
         assert found.still_sure(logits) is still_sure
 

@@ -19,6 +19,7 @@ MADE_BY = f"moco-lora {VERSION}"  # in pages and maps
 TOOLKIT = Path(__file__).resolve().parents[1]
 WRITTEN = Path("/", os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "moco-lora-written")
 SHIPPED = TOOLKIT / "checkpoints/moco_stage1/moco_stage1_epoch_100.pth"  # the backbone of the first run
+NO_LABEL = -100  # of an image, or a pixel of a mask, that no loss counts: what cross_entropy ignores
 place_of: Callable[[Path], Path] = Path  # where what belongs at a path is written: see `output_folder.left_alone`
 
 

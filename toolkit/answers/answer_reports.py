@@ -16,7 +16,7 @@ from toolkit.answers.report_page import PICTURE_ALONE, drawn, new_figure, save_f
 from toolkit.images.data import LabelledImages
 
 TOLERATED_ERROR = 0.05  # of probabilities; a larger one is reported
-SHOWN = 15  # labels, in the table that is printed
+LABELS_SHOWN = 15  # labels, in the table that is printed
 COLUMNS = 6  # of mistakes.png
 PICTURES = 18  # in it
 CELL = 1.29  # times as high as wide, with what is written above and below a picture
@@ -170,10 +170,10 @@ def shortest_text(number: Any) -> str:
 def shortened(title: str, order: str, rows: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
     """Rows by class, label or number for a terminal: the first ones, and how many there are besides."""
     yield title, order
-    for name, text in rows[:SHOWN]:
+    for name, text in rows[:LABELS_SHOWN]:
         yield printable(name, 20), text
-    if len(rows) > SHOWN:
-        yield "", f"and {len(rows) - SHOWN} more"
+    if len(rows) > LABELS_SHOWN:
+        yield "", f"and {len(rows) - LABELS_SHOWN} more"
 
 
 def worst_first(shares: Tensor | Sequence[float]) -> list[int]:

@@ -21,7 +21,7 @@ IMAGE = "image"  # the first column, and the second; a label may be called the s
 GROUP = "group"
 PIXELS, *_ = COUNTED
 # The figures that are compared, and their titles, by how the columns of answers end; None: these are classes
-SHOWN = {
+FIGURES = {
     None: {"accuracy": "accuracy"},
     lists.PROBABILITY: {"macro_ap": "macro AP", "micro_ap": "micro AP", "macro_auroc": "macro AUROC"},
     lists.ANSWER: {"r2": "R2", "mae": "mean absolute error"},
@@ -80,15 +80,15 @@ def compare(first: Path, second: Path) -> list[Difference]:
         """How the runs differ in each figure, and the figures of both: (n, 3)."""
         # Of the same parts of the images: what is easy for both blurs no difference.
         before, after = (run(weights) for run in runs)
-        return {name: torch.stack([after[name] - before[name], before[name], after[name]], 1) for name in SHOWN[kind]}
+        return {name: torch.stack([after[name] - before[name], before[name], after[name]], 1) for name in FIGURES[kind]}
 
-    bounds = dict.fromkeys(SHOWN[kind], measures.UNBOUNDED)
+    bounds = dict.fromkeys(FIGURES[kind], measures.UNBOUNDED)
     compared = []
     for name, (difference, before, after) in measures.jackknife(differences, clusters, bounds).items():
         p = difference.p
         if kind is None:
             p = measures.mcnemar(_hits(one), _hits(other), clusters)
-        compared.append(Difference(SHOWN[kind][name], before.value, after.value, *difference.interval, p))
+        compared.append(Difference(FIGURES[kind][name], before.value, after.value, *difference.interval, p))
     return compared
 
 
@@ -153,7 +153,7 @@ def _numbers(table: dict[str, np.ndarray], titles: Sequence[str]) -> Tensor:
 def table(differences: Sequence[Difference], first: Path, second: Path) -> list[tuple[str, str]]:
     rows = [("first", str(first)), ("second", str(second))]
     for measure, before, after, low, high, p in differences:
-        form = ".4g" if measure in SHOWN[lists.ANSWER].values() else ".2%"  # a share in per cent
+        form = ".4g" if measure in FIGURES[lists.ANSWER].values() else ".2%"  # a share in per cent
         interval = answer_reports.interval_text(low, high, f"+{form}")
         text = f"{before:{form}}, {after:{form}}: {after - before:+{form}} ({interval}), p = {p:.2g}"
         if np.isnan(after - before):

@@ -9,12 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from toolkit import devices, distributed, temporarily
+from toolkit import NO_LABEL, devices, distributed, temporarily
 from toolkit.answers import measures
 from toolkit.models.backbones import headless
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # of outputs and targets, summed over images
-NO_LABEL = -100  # the label of an image that stands in for a missing one: cross_entropy ignores it
 NEIGHBOURS = 20
 NEIGHBOUR_TEMPERATURE = 0.07  # as in 1805.01978
 QUERIES_AT_ONCE = 1_024

@@ -184,7 +184,7 @@ POSITIVE = (0.0, math.inf)
 CORRELATION = (-1.0, 1.0)
 UNBOUNDED = (-math.inf, math.inf)
 WIDEST = 100  # times the distance to the one end of a scale: an interval that reaches farther leaves all open
-STEADY = 1e-12  # by its size: a figure that changes less where images are left out changes by rounding alone
+LEAST_CHANGE = 1e-12  # by its size: a figure that changes less where images are left out changes by rounding alone
 
 
 class Figure(NamedTuple):
@@ -213,7 +213,7 @@ def jackknife(measure: Callable, clusters: Tensor, bounds: Mapping[str, Interval
         values, without = found.double().view(1 + parts, -1).tensor_split([1])
         middles = parts * values[0] - (parts - 1) * without.mean(0)
         errors = without.std(0, correction=0) * (parts - 1) ** 0.5
-        varies = errors > STEADY * values[0].abs()
+        varies = errors > LEAST_CHANGE * values[0].abs()
         chances = 2 * stdtr(freedom, -(middles / errors).abs().where(varies, 0.0).numpy())
         halves = errors * stdtrit(freedom, 0.975)
         ends = bounds.get(name, SHARE)
@@ -225,7 +225,7 @@ def jackknife(measure: Callable, clusters: Tensor, bounds: Mapping[str, Interval
 def _between(value: float, middle: float, half: float, bounds: Interval) -> Interval:
     """The interval of `half` on both sides of the middle, on a scale on which the bounds are infinitely far away."""
     low, high = bounds
-    if not half > STEADY * abs(value) or not low < value < high:
+    if not half > LEAST_CHANGE * abs(value) or not low < value < high:
         return NO_INTERVAL
     if bounds == UNBOUNDED:
         return middle - half, middle + half

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from toolkit import choices, distributed
+from toolkit import NO_LABEL, choices, distributed
 from toolkit.answers import evaluation, measures, probe
 from toolkit.answers.answer_reports import Report, cell
 from toolkit.images.bands import are_numbers
@@ -237,7 +237,7 @@ class SoftmaxObjective(Task):
         losses = F.cross_entropy(outputs, targets, reduction="none", label_smoothing=smoothing)
         if weights is not None:
             losses = losses * weights[targets.clamp_min(0)]
-        known = (targets != evaluation.NO_LABEL).reshape(len(targets), -1).sum(1).clamp_min(1)
+        known = (targets != NO_LABEL).reshape(len(targets), -1).sum(1).clamp_min(1)
         return losses.reshape(len(targets), -1).sum(1) / known
 
     def first_temperature(self, model, features, targets, features_train) -> probe.HeadTemperature:

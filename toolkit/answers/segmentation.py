@@ -16,10 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from toolkit import InputError, distributed
+from toolkit import NO_LABEL, InputError, distributed
 from toolkit.answers import answer_reports, evaluation, measures, probe
 from toolkit.answers.answer_reports import Headline, Report, finite, finite_interval, worst_first
-from toolkit.answers.evaluation import NO_LABEL
 from toolkit.answers.parts import Answers, SoftmaxObjective
 from toolkit.answers.report_page import PICTURE_ALONE, drawn, html_picture, html_table, new_figure, save_figure
 from toolkit.devices import to_device

@@ -218,7 +218,7 @@ def bands_of(scaling: Scaling, channels: int) -> Bands | None:
     return Bands(channels, chosen, scaling.scale or 1.0)
 
 
-MEASURED_IMAGES = 256
+CHECKED_IMAGES = 256
 DARK = 64  # of 255: photographs without a level above it likely have fewer bits than their files, or reflectances
 # Beyond these standard deviations of a channel after normalisation, the scale is taken to be wrong.
 SMALLEST_STD = 0.01
@@ -255,7 +255,7 @@ def settle(scaling: Scaling, arch: str, channels: int, images: Any) -> dict[str,
                 dark = f"images: no level of {len(few)} training images is above {DARK} of 255, as with 12 bits"
                 print(f"{dark} or reflectances: say what is white, as --scale 4095 with --bands 1,1,1 (grey) or 1,2,3")
     if bands is not None or scaling.normalise:
-        some = images.at_most(MEASURED_IMAGES)
+        some = images.at_most(CHECKED_IMAGES)
         found = measured(np.asarray(some[i][0]) for i in range(len(some)))
     source = ""
     if scaling.normalise:

@@ -280,7 +280,7 @@ class LoadingMeter:
     waited: float = 0.0
     seconds: float = 0.0
 
-    def watched(self, loader: DataLoader) -> Iterator[Any]:
+    def timed(self, loader: DataLoader) -> Iterator[Any]:
         """The loader's batches, (anything, labels) each."""
         asked = time.perf_counter()
         for batch in loader:

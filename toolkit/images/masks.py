@@ -15,12 +15,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from toolkit import InputError, printable
+from toolkit import NO_LABEL, InputError, printable
 from toolkit.images import data, folders, lists, remote, scaling, splitting
 from toolkit.images.bands import Bands, array_of, levels_of_tiff, open_image
 from toolkit.images.transforms import View, eval_transform, orientation, to_rgb
 
-UNKNOWN = -100  # in a mask (H, W) of classes from 0: pixels that do not count, as by PyTorch's ignore_index
 MOST_CLASSES = 255
 
 # -------------------------------------------------------------------------------------------- classes and their colours
@@ -109,10 +108,10 @@ def palette(count: int, colours: Sequence[Sequence[int]] | None = None) -> np.nd
 
 
 def coloured(classes: Tensor, palette: np.ndarray) -> np.ndarray:
-    """The class numbers (H, W) as a picture (H, W, 3) from 0 to 1; UNKNOWN is grey."""
+    """The class numbers (H, W) as a picture (H, W, 3) from 0 to 1; NO_LABEL is grey."""
     colours = np.concatenate([palette, np.full((1, 3), 0.6)])
-    numbers = classes.long()  # 8 bits would take class 156 for UNKNOWN
-    return colours[numbers.where(numbers != UNKNOWN, -1).numpy()]
+    numbers = classes.long()  # 8 bits would take class 156 for NO_LABEL
+    return colours[numbers.where(numbers != NO_LABEL, -1).numpy()]
 
 
 # -------------------------------------------------------------------------------------------------------- reading masks
@@ -151,7 +150,7 @@ class MaskReader:
         self.classes = np.full(size, _MISSING, np.int16)  # of each code
         self.classes[self._codes(np.array(marks, float))] = np.arange(len(marks))
         for mark in not_counted:
-            self.classes[self._codes(np.array(mark, float))] = UNKNOWN
+            self.classes[self._codes(np.array(mark, float))] = NO_LABEL
         # For an adapter file: see `from_record`.
         self.record = {"unknown": list(unknown), "values": classes.values, "colours": classes.colours}
         self.record["unknown_marks"] = classes.unknown
@@ -423,7 +422,7 @@ class PairCrop:
     """For training: (image, mask (H, W)) -> ((C, S, S), normalised; (S, S)), one draw of a square for both.
 
     The square is S pixels wide, or with `varied` S / zoom, and then it is flipped every second time. Where it is larger
-    than the image, the image's border is repeated, and the mask is UNKNOWN.
+    than the image, the image's border is repeated, and the mask is NO_LABEL.
     """
 
     takes_label = True  # see `Transformed`
@@ -439,8 +438,8 @@ class PairCrop:
             flipped = torch.rand(()).item() < 0.5
         side = max(1, round(self.size / zoom))
         top, left = (_drawn(length, side) for length in mask.shape)
-        if (mask[max(0, top) : top + side, max(0, left) : left + side] == UNKNOWN).all():  # few pixels are known
-            known = (mask != UNKNOWN).nonzero()
+        if (mask[max(0, top) : top + side, max(0, left) : left + side] == NO_LABEL).all():  # few pixels are known
+            known = (mask != NO_LABEL).nonzero()
             top, left = map(_drawn, mask.shape, (side, side), known[torch.randint(len(known), ())].tolist())
         box = max(left, 0), max(top, 0), min(left + side, mask.shape[1]), min(top + side, mask.shape[0])
         inside = slice(box[1], box[3]), slice(box[0], box[2])
@@ -448,7 +447,7 @@ class PairCrop:
         mask = mask[inside]
         outside = (box[0] - left, left + side - box[2], box[1] - top, top + side - box[3])
         image = F.pad(image[None], outside, mode="replicate")
-        mask = F.pad(mask, outside, value=UNKNOWN)
+        mask = F.pad(mask, outside, value=NO_LABEL)
         if side != self.size:
             image = F.interpolate(image, size=(self.size, self.size), mode="bilinear", antialias=True)
             nearest = ((torch.arange(self.size) + 0.5) * side / self.size).long()

@@ -181,7 +181,7 @@ class Loaders:
         batches = self.train if self.unlabelled is None else self.with_unlabelled()
         shares = (  # an image stands in for a missing share
             (images, labels if sampler.has_share(number) else evaluation.no_labels(labels), *unlabelled)
-            for number, (images, labels, *unlabelled) in enumerate(self.meter.watched(batches), first_batch)
+            for number, (images, labels, *unlabelled) in enumerate(self.meter.timed(batches), first_batch)
         )
         for first in range(first_batch, len(sampler), together):
             number = min(together, len(sampler) - first)

@@ -12,14 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from toolkit import attributes, distributed
+from toolkit import NO_LABEL, attributes, distributed
 from toolkit.answers import evaluation
 from toolkit.images.sources import Splits
 from toolkit.run.optim import weights_replaced
 
 LEAST_LABELS = 5  # a class: with fewer, images without labels may harm
 LEAST_KNOWN = 0.1  # of the way from chance to certainty: how far the answers at the start have to be
-WATCHED = 120  # images that were answered most surely at the start
+SUREST = 120  # images that were answered most surely at the start
 MENDED = 0.25  # the most of their answers that training may change, beside those expected to be wrong
 KEPT = 0.95  # of the averages, in each step
 LEAST_PROBABILITY = 1e-4  # of a class in the answers at the start, which are a prior and no proof
@@ -84,18 +84,18 @@ class Teacher:
         # As sure as the mean answer, and for a class that is rare in the answers less.
         thresholds = self.certainty * self.shares / self.shares.max()  # (K,)
         is_sure = certainty >= thresholds[classes]
-        return classes.where(is_sure, evaluation.NO_LABEL), above_chance(certainty, answers.shape[1])
+        return classes.where(is_sure, NO_LABEL), above_chance(certainty, answers.shape[1])
 
-    def watched(self) -> Tensor:
+    def surest(self) -> Tensor:
         """The places of the images that were answered most surely at the start, (n,): as many of each class."""
         certainty, classes = self.first_answers.max(1)
-        surest = certainty.argsort(descending=True, stable=True)
+        in_order = certainty.argsort(descending=True, stable=True)
         number = self.first_answers.shape[1]
-        return torch.cat([surest[classes[surest] == label][: max(1, WATCHED // number)] for label in range(number)])
+        return torch.cat([in_order[classes[in_order] == label][: max(1, SUREST // number)] for label in range(number)])
 
     def still_sure(self, logits: Tensor) -> bool:
-        """Are the watched images, with these logits (n, K), answered as at the start, but for what training mends?"""
-        certainty, classes = self.first_answers[self.watched()].max(1)
+        """Are the surest images, with these logits (n, K), answered as at the start, but for what training mends?"""
+        certainty, classes = self.first_answers[self.surest()].max(1)
         return bool((logits.argmax(1) == classes).float().mean() >= (1 - MENDED) * certainty.mean())
 
     @torch.no_grad()
