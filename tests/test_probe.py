@@ -16,7 +16,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from threadpoolctl import threadpool_info, threadpool_limits
 from torch import nn
 
-from toolkit.answers import probe, tasks
+from toolkit.answers import probe
 from toolkit.images import splitting
 
 STRENGTHS = probe.STRENGTHS  # of which other tests' probes try three
@@ -304,16 +304,6 @@ def test_a_feature_that_is_constant_but_for_rounding_is_no_feature():
     for fit in (probe.fit_one_vs_rest, probe.fit_ridge):
         assert fit(torch.cat([useful, nearly], 1), targets).weight[0, 1].abs() < 0.1
     assert probe.SCALINGS["length"](nearly.expand(40, 9)).rows.abs().max() < 0.1  # nor are images alike but for that
-
-
-def test_the_probe_of_numbers_is_chosen_over_groups():
-    """Images of a patient are copies: left in both parts they make the weakest penalty look best."""
-    patients = torch.arange(15).repeat_interleave(4)
-    features = torch.randn(15, 40)[patients] + 0.01 * torch.randn(60, 40)
-    numbers = torch.randn(15, 1)[patients].double()
-    head = tasks.Regression(["age"], numbers)
-    by_group = head.start(nn.ModuleDict({"fc": nn.Linear(40, 1)}), features, numbers, 1, patients).strength
-    assert by_group > 10 * head.start(nn.ModuleDict({"fc": nn.Linear(40, 1)}), features, numbers, 1).strength
 
 
 def test_scipy_has_one_thread_while_pytorch_has_its_own(monkeypatch):

@@ -125,12 +125,18 @@ def test_given_sets_that_share_a_patient_are_refused(hospital, tmp_path):
 
 
 def test_the_probe_of_a_grouped_run_holds_out_patients(hospital, start, spy):
-    run = start(f"--data-dir {hospital / 'scans'} --group-by 2")
-    fit = spy(probe, "fit_linear_probe")
-    run.start()
-    *_, clusters = fit.call_args.args
-    names = [name.split("/")[-2] for name in run.splits.train.relative_names()]
-    assert [sorted(set(names))[number] for number in clusters.tolist()] == names
+    listed = f"--data-dir {hospital} --group-by Patient --data-list {hospital}"
+    for fitted, told in (
+        ("fit_linear_probe", f"--data-dir {hospital}/scans --group-by 2"),
+        ("fit_one_vs_rest", f"--task multilabel {listed}/labels.csv"),
+        ("fit_ridge", f"--task regression {listed}/numbers.csv"),
+    ):
+        run = start(told)
+        fit = spy(probe, fitted)
+        run.start()
+        *_, clusters = fit.call_args.args
+        names = [name.split("/")[-2] for name in run.splits.train.relative_names()]
+        assert [sorted(set(names))[number] for number in clusters.tolist()] == names
 
 
 def test_each_part_of_a_grouped_run_is_a_run_of_its_own_and_a_table_has_them_all(finetune, hospital, tmp_path, capsys):
