@@ -23,7 +23,6 @@ from tests.run_folders import assert_same
 RESNET = partial(resnet, layers=(1, 1, 0, 0))  # a block as such, and one that halves its maps
 in_both = pytest.mark.parametrize("build", [RESNET, vit], ids=["resnet", "vit"])
 in_both_modes = pytest.mark.parametrize("mode", ["none", "full"])
-stored = pytest.mark.parametrize("four_bits", [False, True], ids=["float", "4 bits"])
 
 IN_A_RESNET = {
     "a stem": {"conv1": nn.Conv2d(3, 16, 7, 2, 3, bias=False)},
@@ -181,7 +180,7 @@ def test_networks_in_inference_mode(build, mode, made_inside):
 
 
 @pytest.mark.parametrize("build, side", [(resnet, 32), (vit, 16)], ids=["resnet", "vit"])
-@stored
+@pytest.mark.parametrize("four_bits", [False, True], ids=["float", "4 bits"])
 def test_a_whole_model_can_be_saved(build, side, four_bits):
     """`torch.save(model)` keeps adapters, merged weights' bases, frozen statistics and 4-bit constants."""
     model = frozen(build(), use_qlora=four_bits)

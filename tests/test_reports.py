@@ -375,9 +375,9 @@ def test_the_gain_is_over_the_linear_probe():
         (NARROW | {"probe": 0.81}, "+1 points", ", more than chance explains"),
     ):
         assert judged(**run).gained == f"{gained} against the linear probe{judgement}"
-        told = judged(0.8, (math.nan,), (1.0, 3.0), task=Regression, val_r2=None)  # as of a single image
-        assert told.limits[0].startswith("overfitting")
-        assert judged(None).gained == told.gained == "there are no scores of the run and of a linear probe to compare"
+    told = judged(0.8, (math.nan,), (1.0, 3.0), task=Regression, val_r2=None)  # as of a single image
+    assert told.limits[0].startswith("overfitting")
+    assert judged(None).gained == told.gained == "there are no scores of the run and of a linear probe to compare"
 
 
 @pytest.mark.parametrize(("wrong", "is_chance"), [(5, True), (6, False)])
