@@ -64,8 +64,7 @@ from toolkit.images.data import LabelledImages, TolerantImages, Transformed, amo
 from toolkit.models.backbones import block_names, headless, in_head, input_channels, other_heads
 from toolkit.models.checkpoints import state_digest, value_at
 from toolkit.models.names import TIMM, is_none
-from toolkit.run import commands, options, output_folder, reports
-from toolkit.run.runs import faults_explained, progress_bar, run_script
+from toolkit.run import commands, options, output_folder, reports, runs
 
 PART_IMAGES = 10_000  # or some fewer, in a file of a folder of answers
 SMALLEST = 33  # pixels along a side, from which on a ResNet's last map is no single point, whose enlarging differs
@@ -140,7 +139,7 @@ def _deployed(args: argparse.Namespace) -> Iterator[Deployed]:
     device = devices.select_device(args.device)
     devices.check_arithmetic(args.arithmetic, device)
     distributed.join(device)
-    with faults_explained(device, "lower --batch-size"):
+    with runs.faults_explained(device, "lower --batch-size"):
         model, about = _loaded(args)
         if args.arithmetic == "int8":
             multiply_in_8_bits(model)
@@ -206,7 +205,7 @@ def _evaluated(deployed: Deployed) -> tuple[LabelledImages, str, Any]:
     images, where = _labelled_images(deployed.args.images, deployed.about)
     if len(images) < distributed.world_size():
         raise InputError(f"{len(images)} images for {distributed.world_size()} processes: start fewer")
-    bar = progress_bar(deployed.loader(Transformed(images, deployed.transform)), "evaluate")
+    bar = runs.progress_bar(deployed.loader(Transformed(images, deployed.transform)), "evaluate")
     return images, where, deployed.task.evaluate(deployed.model, bar, deployed.device, deployed.dtype)
 
 
@@ -273,7 +272,7 @@ def explain(args: argparse.Namespace) -> list[Path]:
             return path
 
         written = _write_for_each(deployed, images, [".png"], {"--label": args.label}, draw)
-    print(f"wrote {args.output}: what decided, of {len(written)} image{'s' * (len(written) != 1)}")
+    print(f"wrote {args.output}: pictures of what decided, {len(written)} in all")
     return written
 
 
@@ -334,7 +333,7 @@ def _predict_maps(deployed: Deployed) -> list[Path]:
         with scenes.open_scene(images.name(i), deployed.transform.bands) as scene:
             return maps.write(scene, place, bar)
 
-    bar = functools.partial(progress_bar, title="predict", unit="row of windows", disable=not is_file)
+    bar = functools.partial(runs.progress_bar, title="predict", unit="row of windows", disable=not is_file)
     window = deployed.model.window if task.per_pixel else args.window or deployed.about["image_size"]
     maps = predictions.Maps(task, answer, deployed.transform, window, args.probabilities, args.abstain)
     if is_file:
@@ -436,7 +435,7 @@ def _write_for_each(deployed: Deployed, images: LabelledImages, endings: Sequenc
     written = []
     broken = []
     with _folder_of_answers(deployed, images, places, endings, settings) as finished:
-        for i in progress_bar(range(distributed.rank(), len(images), distributed.world_size()), args.command):
+        for i in runs.progress_bar(range(distributed.rank(), len(images), distributed.world_size()), args.command):
             try:
                 written += finished[places[i]] or [write(i, places[i])]
             except folders.UnreadableImage as error:
@@ -471,7 +470,7 @@ def _answered(deployed: Deployed, images: LabelledImages, parts: Sequence[range]
     size = deployed.about["image_size"]
     zeros = torch.zeros(input_channels(deployed.model), size, size)
     chosen = images.subset(list(itertools.chain(*parts)))
-    batches = iter(progress_bar(deployed.loader(TolerantImages(chosen, deployed.transform, zeros)), args.command))
+    batches = iter(runs.progress_bar(deployed.loader(TolerantImages(chosen, deployed.transform, zeros)), args.command))
     for part in parts:
         outputs = []
         problems = []
@@ -768,7 +767,7 @@ def main(argv: Sequence[str] | None = None) -> Any:
     if args.command not in ON_IMAGES and not distributed.is_main():
         return None  # several processes share images alone
     run = globals()[args.command]
-    writes = distributed.is_main() and commands.files_written(args)
+    writes = distributed.is_main() and "output" in args and commands.files_written(args)
     try:
         with commands.writing(args) if writes else contextlib.nullcontext():
             return run(args)
@@ -777,4 +776,4 @@ def main(argv: Sequence[str] | None = None) -> Any:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    runs.run_script(main)

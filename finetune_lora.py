@@ -330,7 +330,7 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
     parts = ("_q", "_k", "_v")
 
     def _init_adapters(self, settings: LoRASettings, base_dtype: torch.dtype | None = None) -> None:
-        ADAPTED[nn.Linear][self.in_4_bits].adapt(self.out_proj, settings, base_dtype)
+        adapted.kind_for(nn.Linear, self.in_4_bits).adapt(self.out_proj, settings, base_dtype)
         super()._init_adapters(settings, base_dtype)
 
     def remove_lora(self, merge: bool = False) -> None:
@@ -389,13 +389,15 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         if key_padding_mask is not None and not is_batched:
             key_padding_mask = key_padding_mask[None]
         mask = attention.attention_mask(q, k, self.num_heads, attn_mask, key_padding_mask)
-        attended, weights = attention.attend(q, k, v, self.num_heads, mask, self.dropout * self.training, need_weights)
+        attended, weights = attention.attend(q, k, v, self, mask, need_weights)
         output = self.out_proj(attended)  # (N, L, E)
         if need_weights and average_attn_weights:
             weights = weights.mean(1)  # (N, H, L, S) -> (N, L, S)
         if not is_batched:
             return output[0], None if weights is None else weights[0]
-        return output if self.batch_first else output.transpose(0, 1), weights
+        if not self.batch_first:
+            output = output.transpose(0, 1)
+        return output, weights
 
 
 class QLoRALinear(LoRALinear):
@@ -496,7 +498,7 @@ def adapt_layers(model: nn.Module, settings: Mapping, use_qlora: bool = False, b
         if layer.base_bits == 32:
             layer.remove_lora()
     for name, layer in chosen.items():
-        kind = ADAPTED[type(layer)][use_qlora] if type(layer) in ADAPTED else type(layer)  # which it has in fewer bits
+        kind = adapted.kind_for(type(layer), use_qlora)
         kind.adapt(layer, settings[name], None if in_head(model, name) else base_dtype)
     for projection, name in projections.items():
         if settings.get(projection, settings[name]) != settings[name]:
@@ -547,10 +549,11 @@ def freeze_backbone_params(
             settle(conv)
     for name, module in model.named_modules():
         whole = not freeze or in_head(model, name) or (train_norms and isinstance(module, NORMS))
-        rounded = getattr(module, "float_digests", ())
+        is_layer = isinstance(module, LoRALayer)
         for parameter_name, parameter in module.named_parameters(recurse=False):
-            trains = whole or (isinstance(module, LoRALayer) and parameter_name.startswith("lora_"))
-            possible = parameter.is_floating_point() and parameter.numel() > 0 and parameter_name not in rounded
+            trains = whole or (is_layer and parameter_name.startswith("lora_"))
+            is_rounded = is_layer and parameter_name in module.float_digests
+            possible = parameter.is_floating_point() and parameter.numel() > 0 and not is_rounded
             parameter.requires_grad_(trains and possible)
         freeze_statistics(module, not whole, model.training)
     fuse(model)

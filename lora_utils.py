@@ -23,6 +23,7 @@ from lora.fusion import fuse, unfuse
 from toolkit import InputError, attributes, did_you_mean, dotted, found_path, listed, same_file, temporarily
 from toolkit.models.backbones import ModelRecord, in_head, name_head, other_heads, record_of, unwrapped
 from toolkit.models.checkpoints import state_digest, tensor_digest
+from toolkit.models.norms import is_frozen
 
 DEFAULT = "default"  # the name that an adapter without a name gets
 
@@ -42,7 +43,7 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
     """The tensors that training changes, by name in the model: trainable parameters, and unfrozen buffers."""
     names = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
     for prefix, module in model.named_modules():
-        if not getattr(module, "frozen", False):
+        if not is_frozen(module):
             names |= dict(module.named_buffers(prefix, recurse=False)).keys()
     return {name: tensor for name, tensor in model.state_dict().items() if name in names}
 
@@ -66,9 +67,11 @@ def _stock_tensors(model: nn.Module, of_head: bool = False) -> Iterator[tuple[st
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             if name in adapter_parameters(module) or name in module._non_persistent_buffers_set:
                 continue
-            known = getattr(module, "float_digests", {}).get(name)
-            if known is None and is_adapted(module) and module.merged and name == module.weight_name:
-                tensor = module.base()
+            known = None
+            if is_adapted(module):
+                known = module.float_digests.get(name)
+                if known is None and module.merged and name == module.weight_name:
+                    tensor = module.base()
             yield dotted(prefix, name), statistics.get(tensor, tensor), known
 
 

@@ -78,6 +78,12 @@ def recorded_in_4_bits(record: Mapping[str, Any]) -> bool:
     return record["kind"].startswith("QLoRA")
 
 
+def kind_for(kind: type[nn.Module], in_4_bits: bool) -> type[nn.Module]:
+    """The class that adapts layers of this one; that of an adapted layer, which it is in fewer bits, stays."""
+    over_floats, over_4_bits = ADAPTED.get(kind, (kind, kind))
+    return over_4_bits if in_4_bits else over_floats
+
+
 def stock_class(kind: type[nn.Module]) -> type[nn.Module]:
     """The stock class that a class of adapted layers adapts; any other class itself."""
     return next((stock for stock, kinds in ADAPTED.items() if issubclass(kind, kinds)), kind)

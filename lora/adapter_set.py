@@ -85,7 +85,8 @@ class Adapter:
                 state.apply_to(layer)
         for path, tensor in (self.tensors | above.tensors).items():
             owner, leaf = _owner(model, path)
-            if leaf in getattr(model.get_submodule(path.rpartition(".")[0]), "float_digests", ()):
+            layer = model.get_submodule(path.rpartition(".")[0])
+            if is_adapted(layer) and leaf in layer.float_digests:
                 continue  # the installed state stores this weight in fewer bits
             tensor.data = tensor.data.to(owner[leaf])  # itself, unless the model was moved meanwhile
             owner[leaf] = tensor

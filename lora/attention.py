@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lora import backends
@@ -45,10 +45,11 @@ def _additive(name: str, mask: Tensor | None, dtype: torch.dtype, *shapes: tuple
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, num_heads: int, mask=None, dropout=0.0, need_weights=False) -> tuple:
+def attend(q: Tensor, k: Tensor, v: Tensor, of: nn.MultiheadAttention, mask=None, need_weights=False) -> tuple:
     """Attention of several heads: q (N, L, E), k, v (N, S, E) -> (N, L, E); its weights (N, H, L, S) if asked for."""
-    q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v))  # (N, ., E) -> (N, H, ., D)
+    q, k, v = (t.unflatten(-1, (of.num_heads, -1)).transpose(1, 2) for t in (q, k, v))  # (N, ., E) -> (N, H, ., D)
     weights = None
+    dropout = of.dropout if of.training else 0.0
     if need_weights:
         scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (N, H, L, S)
         if mask is not None:  # as `attention_mask` returns it

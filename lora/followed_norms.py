@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from lora import functional, fusion, nf4
+from lora import adapted, functional, fusion, nf4
 from toolkit import InputError, dotted, temporarily
 from toolkit.answers.evaluation import eval_mode
 from toolkit.models.norms import FreezableBatchNorm2d, constant_scale_and_shift, unextended
@@ -199,7 +199,7 @@ def follow_statistics(model: nn.Module, batches: Iterable[Tensor], required: boo
 
 def followers(model: nn.Module) -> list[nn.Conv2d]:
     """The convolutions whose adapters have statistics of their own."""
-    return [module for module in model.modules() if getattr(module, "followed", None) is not None]
+    return [module for module in model.modules() if adapted.is_adapted(module) and module.followed is not None]
 
 
 def settle(conv: nn.Conv2d) -> None:
@@ -249,11 +249,11 @@ def statistics_in_file(model: nn.Module, content: dict) -> Iterator[tuple[nn.Con
     names = {module: name for name, module in model.named_modules()}
     in_file = content["tensors"].keys()
     for conv, norm in _pairs(model):
-        is_adapted = content["layers"].get(names[conv], {"r": 0})["r"] > 0
+        has_adapter = content["layers"].get(names[conv], {"r": 0})["r"] > 0
         leaves = (*STATISTICS, "weight", "bias", "num_batches_tracked")
         mean, variance, *trained = (dotted(names[norm], leaf) for leaf in leaves)
         # A BatchNorm that trained has one of the others in the file too, and is the base's.
-        if is_adapted and in_file & {mean, variance} and in_file.isdisjoint(trained):
+        if has_adapter and in_file & {mean, variance} and in_file.isdisjoint(trained):
             yield conv, norm, mean, variance
 
 

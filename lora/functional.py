@@ -24,12 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora import backends
+from lora import backends, nf4
 from lora.backends import LOW_PRECISION, compute_dtype
 from lora.int8 import Int8Weight, multiplies_exactly
-from lora.nf4 import NF4Weight, dense_weight
 
-Weight = Tensor | NF4Weight | Int8Weight  # of floats, or frozen in 4 or 8 bits
+Weight = Tensor | nf4.NF4Weight | Int8Weight  # of floats, or frozen in 4 or 8 bits
 MOST_PARTS = 8  # at most, in which a CPU computes the gradient through a recomputed LayerNorm
 PART_NUMEL = 2**17  # numbers in each, or more
 
@@ -72,7 +71,7 @@ def _operand(weight: Weight, dtype: torch.dtype) -> Tensor | Int8Weight:
     """The weight as products take it: in 8 bits as it is where they are exact, else dense in ``dtype``."""
     if isinstance(weight, Int8Weight) and multiplies_exactly(weight.codes.device.type, weight.shape[1]):
         return weight
-    return dense_weight(weight, dtype)
+    return nf4.dense_weight(weight, dtype)
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -341,17 +340,17 @@ class _LoRAConv2d(torch.autograd.Function):
         return gx, g_adapter_x, gA, gB * ctx.factors, g_bias, g_residual, None, g_log_scale, None
 
 
-def _kernel_merges(weight: Tensor | NF4Weight, row_scale: Tensor | None, dtype: torch.dtype) -> bool:
+def _kernel_merges(weight: Tensor | nf4.NF4Weight, row_scale: Tensor | None, dtype: torch.dtype) -> bool:
     """May ``g (W + s B A)`` be rounded to ``dtype`` as one? Only if rounding W alone would change W as well."""
     # Small updates then survive on average, as in full fine-tuning; a weight on the grid of 16 bits would swallow them.
     on_the_grid = isinstance(weight, Tensor) and weight.dtype in LOW_PRECISION and row_scale is None
     return dtype not in LOW_PRECISION or not on_the_grid
 
 
-def scaled_kernel(weight: Tensor | NF4Weight, row_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+def scaled_kernel(weight: Tensor | nf4.NF4Weight, row_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """``g W``, rounded once to ``dtype``: W itself if that is the same, else a temporary."""
     if row_scale is None:
-        return dense_weight(weight, dtype)
+        return nf4.dense_weight(weight, dtype)
     precise = torch.promote_types(dtype, torch.float32)
     if not isinstance(weight, Tensor):
         weight = weight.dequantize(precise)
@@ -421,7 +420,7 @@ def _pointwise_gradient(gh: Tensor, x: Tensor) -> Tensor:
 
 def lora_conv2d(
     x: Tensor,  # (N, in, H, W), in any memory format
-    weight: Tensor | NF4Weight,  # (out, in / groups, kh, kw)
+    weight: Tensor | nf4.NF4Weight,  # (out, in / groups, kh, kw)
     A: Tensor,  # (r, in / groups * kh * kw)
     B: Tensor,  # (out, r)
     bias: Tensor | None = None,  # (out,), added as it is: g does not scale it

@@ -45,16 +45,15 @@ def _is_constant_behind(norm: nn.BatchNorm2d, conv: nn.Module) -> bool:
 
 def conv_bn(conv: nn.Module, norm: nn.Module, x: Tensor, changes: bool = False) -> Tensor:
     """``norm(conv(x))``, as one convolution if possible. changes: may what comes next change the output in place?"""
-    followed = getattr(conv, "followed", None)  # the statistics that the adapter has of its own
     if folds(conv, norm):
         y = conv(x, batch_norm=norm)
-        if changes and followed is not None and y.requires_grad:  # backward reads the output
+        if changes and conv.followed is not None and y.requires_grad:  # backward reads the output
             y = y.clone()
         return y
     z = conv(x)
-    if followed is None or followed.norm is not norm or not conv._is_active:
-        return norm(z)
-    return followed.normalize(conv, z)
+    if is_adapted(conv) and conv._is_active and conv.followed is not None and conv.followed.norm is norm:
+        return conv.followed.normalize(conv, z)
+    return norm(z)
 
 
 def conv_bn_relu(conv: nn.Module, norm: nn.Module, relu: nn.Module, x: Tensor, input=None, downsample=None) -> Tensor:
@@ -90,7 +89,7 @@ def frozen_attention(attention: nn.MultiheadAttention, x: Tensor, tokens: int | 
     """``attention(x, x, x)`` of a frozen attention: (N, L, E), or its first ``tokens`` tokens. x: (N, L, E)."""
     # The stock forward makes L products, in bf16 on a CPU each with a copy of the weight: 20 times as slow in ViT-B/16.
     q, k, v = frozen_linear(x, attention.in_proj_weight, attention.in_proj_bias).chunk(3, -1)
-    attended, _ = attend(q[:, :tokens], k, v, attention.num_heads, dropout=attention.dropout * attention.training)
+    attended, _ = attend(q[:, :tokens], k, v, attention)
     return frozen_linear(attended, attention.out_proj.weight, attention.out_proj.bias)
 
 

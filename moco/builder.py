@@ -16,7 +16,7 @@ from torchvision.models import VisionTransformer
 
 from toolkit import distributed
 from toolkit.answers.probe import linear_head
-from toolkit.models.backbones import head_name
+from toolkit.models import backbones, norms
 
 
 class MomentumContrast(nn.Module):
@@ -28,11 +28,11 @@ class MomentumContrast(nn.Module):
 
     def __init__(self, backbone: nn.Module, projector: nn.Module, m: float, T: float):
         super().__init__()
-        backbone.set_submodule(head_name(backbone), projector)
+        backbone.set_submodule(backbones.head_name(backbone), projector)
         self.encoder_q = backbone
         shared = [parameter for parameter in backbone.parameters() if not parameter.requires_grad]
         for module in backbone.modules():
-            if getattr(module, "frozen", False):  # a BatchNorm, whose statistics stay equal
+            if norms.is_frozen(module):
                 shared += module.buffers(recurse=False)
         self.encoder_k = copy.deepcopy(backbone, {id(tensor): tensor for tensor in shared}).requires_grad_(False)
         self.m = m

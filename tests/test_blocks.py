@@ -197,7 +197,7 @@ def test_a_norm_s_constants_are_computed_once_in_training_and_where_nothing_trai
             assert dense.relative_error(before, built(x)) > 0.1
     for around in (contextlib.nullcontext, norms.constants_kept):
         # A graph would hold what is kept as it is now.
-        monkeypatch.setattr(norms, "is_traced", lambda around=around: around is norms.constants_kept)
+        monkeypatch.setattr(norms.devices, "is_traced", lambda around=around: around is norms.constants_kept)
         with around():
             assert [dense.count_operations(lambda: model(x.double()), "rsqrt") for _ in range(2)] == [1, 1]
 

@@ -29,6 +29,7 @@ from toolkit.images.data import LabelledImages
 from toolkit.images.folders import ImageFiles
 from toolkit.models.backbones import build_backbone, headless
 from toolkit.models.checkpoints import load_backbone
+from toolkit.run import runs
 from toolkit.run.commands import files_written, read_options, writing
 
 
@@ -378,8 +379,8 @@ def test_what_comes_to_be_there_while_a_command_computes_stays(adapter_for_image
         return progress_bar(*given, **options)
 
     monkeypatch.chdir(tmp_path)
-    progress_bar = deploy_lora.progress_bar
-    monkeypatch.setattr(deploy_lora, "progress_bar", meanwhile)
+    progress_bar = runs.progress_bar
+    monkeypatch.setattr(runs, "progress_bar", meanwhile)
     for command, output, taken in (("embed", "f.npy", "f.npy"), ("explain", "out", "out/0.png")):
         with pytest.raises(InputError, match=f"^{taken} came there meanwhile and stays: the result is in {taken}-1$"):
             run(command, adapter_for_images, images / "val/dark", "--output", output)

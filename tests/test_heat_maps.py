@@ -96,7 +96,7 @@ def test_explain_draws_each_image_in_its_folder_under_its_name_and_answer(once, 
     assert Image.open(written[0]).size == (720, 408)
     printed = capsys.readouterr().out
     assert f"left out: {mine}/broken.jpg: not a readable image" in printed
-    assert f"wrote {tmp_path / 'out'}: what decided, of 2 images\n" in printed
+    assert f"wrote {tmp_path / 'out'}: pictures of what decided, 2 in all\n" in printed
     (mine / "list.csv").write_text("p1/1.png\np2/1.png\n")
     with pytest.raises(InputError, match=r"what is written would replace .*p1/1\.png"):
         explain(shutil.copytree(mine, tmp_path / "theirs"), mine / "list.csv")

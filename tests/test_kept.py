@@ -69,7 +69,7 @@ def test_what_a_process_of_a_loader_has_decoded_no_other_decodes_again(files, sp
 
 
 def test_sources_share_the_room_alike_however_few_of_their_images_are_used(monkeypatch, tmp_path):
-    monkeypatch.setattr(data, "KEPT_BYTES", 4_000)
+    monkeypatch.setattr(kept, "KEPT_BYTES", 4_000)
     few, many = (folders.ImageFiles(tmp_path, ["x.png"] * count) for count in (1, 3))
     parts = data.LabelledImages(many).split(np.array([True, False, False]))  # of one source
     data.keep_decoded(*parts, data.LabelledImages(few), data.LabelledImages(torch.zeros(2)))

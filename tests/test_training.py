@@ -18,6 +18,7 @@ from toolkit.answers import evaluation
 from toolkit.answers.classification import Classification
 from toolkit.devices import CPU, faster_dtype
 from toolkit.images.data import LabelledImages
+from toolkit.models.norms import freeze_statistics
 from toolkit.run import optim, training
 from toolkit.run.options import read_options
 
@@ -71,7 +72,7 @@ def test_statistics_and_features_are_those_of_the_loaders_images():
     """Of these alone and alike, whatever the momentum; a frozen BatchNorm, dropout and the modes stay as they are."""
     model = nn.Sequential(nn.BatchNorm1d(3, momentum=0.01), nn.Dropout(0.5), nn.BatchNorm1d(3, affine=False).eval())
     model(torch.randn(8, 3) * 4 - 7)
-    model[2].frozen = True
+    freeze_statistics(model[2], freeze=True, training=False)
     frozen = snapshot(model[2])
     batches = torch.randn(4, 8, 3) * 5 + 2
     loader = DataLoader(TensorDataset(batches.flatten(0, 1), torch.arange(32)), batch_size=8)

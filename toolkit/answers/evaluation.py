@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from toolkit import NO_LABEL, devices, distributed, temporarily
 from toolkit.answers import measures
-from toolkit.models.backbones import headless
+from toolkit.models import backbones, norms
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # of outputs and targets, summed over images
 NEIGHBOURS = 20
@@ -21,7 +21,7 @@ QUERIES_AT_ONCE = 1_024
 
 def training_norms(model: nn.Module) -> list[_BatchNorm]:
     """Every BatchNorm that takes statistics of the batch in training."""
-    return [norm for norm in model.modules() if isinstance(norm, _BatchNorm) and not getattr(norm, "frozen", False)]
+    return [norm for norm in model.modules() if isinstance(norm, _BatchNorm) and not norms.is_frozen(norm)]
 
 
 def computed(function: Callable[[Tensor], Any], images: Tensor, device: torch.device, dtype: torch.dtype) -> Any:
@@ -85,7 +85,7 @@ def extract_features(
     model: nn.Module, loader: Iterable, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
     """The features that the head of `model` receives, float32 (N, D), and labels (N,), both on `device`."""
-    return over_loader(headless(model), loader, device, dtype)
+    return over_loader(backbones.headless(model), loader, device, dtype)
 
 
 def all_outputs(model: nn.Module, loader: Iterable, device: torch.device, dtype=torch.float32) -> tuple[Tensor, Tensor]:

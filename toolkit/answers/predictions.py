@@ -16,8 +16,7 @@ from torch import Tensor
 
 from toolkit import InputError, faults_named, files, listed, printable
 from toolkit.answers.parts import Task
-from toolkit.images import data, maps, scenes
-from toolkit.images.folders import without_suffix
+from toolkit.images import data, folders, maps, scenes
 from toolkit.models.dense import answers_by_rows, window_starts
 
 LIST_SUFFIXES = (".csv", ".tsv", ".txt")  # of images to answer for
@@ -70,18 +69,18 @@ def places_of_images(images: data.LabelledImages, given: Sequence[Path], output:
     Raises InputError where two images have one place, where a link leads out of the folder, and where it lies among
     the images: the next command would answer for what this one has made.
     """
-    folders = [path.parent if path.suffix.lower() in LIST_SUFFIXES else path for path in given]
+    given_folders = [path.parent if path.suffix.lower() in LIST_SUFFIXES else path for path in given]
     places = []
     around = set()
     for i in range(len(images)):
         name = Path(images.name(i))
         around.add(os.path.abspath(name.parent))
         inside = Path(name.name)
-        for folder in folders:
+        for folder in given_folders:
             if folder in name.parents:
                 inside = name.relative_to(folder)
         parts = [part for part in inside.parts if part != ".."]  # anybody may have named images in a list or archive
-        places.append(output.joinpath(*parts[:-1], without_suffix(parts[-1])))
+        places.append(output.joinpath(*parts[:-1], folders.without_suffix(parts[-1])))
     twice = [place for place, count in Counter(places).items() if count > 1]
     if twice:
         raise InputError(f"--output {output}: several images would be written to {listed(twice)}; name them apart")

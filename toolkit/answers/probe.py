@@ -219,9 +219,7 @@ def _search(X: Tensor, scaled: Scaled, Y: Tensor, counts: Tensor, parts: Sequenc
     return best
 
 
-def fitted_at(
-    X: Tensor, Y: Tensor, counts: Tensor, scaling: str, strength: float, loss: Callable
-) -> tuple[Tensor, Tensor]:
+def fitted_at(X: Tensor, Y: Tensor, counts: Tensor, scaling: str, strength: float, loss) -> tuple[Tensor, Tensor]:
     """Weight (K, D) and bias (K,) of a linear head on features (N, D) as they are, for targets (N, K)."""
     scaled = SCALINGS[scaling](X)
     weights = logistic(scaled.rows, Y, counts, strength, loss, scaled.intercept)

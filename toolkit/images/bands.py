@@ -68,9 +68,10 @@ class Bands(NamedTuple):
     def _checked(self, array: np.ndarray) -> np.ndarray:
         count = array.shape[2]
         if count != self.channels:
-            chosen = "--bands" if count > 1 else f"--bands {','.join('1' * self.channels)}"
-            takes = f"the network takes {self.channels} (training chooses by {chosen})"
-            raise WrongBands(f"it has {count} band{'s' * (count > 1)}, and {takes}")
+            takes = f"and the network takes {self.channels} (training chooses by --bands"
+            if count == 1:
+                raise WrongBands(f"it has 1 band, {takes} {','.join(['1'] * self.channels)})")
+            raise WrongBands(f"it has {count} bands, {takes})")
         return array
 
     def scaled(self, image: torch.Tensor) -> torch.Tensor:

@@ -22,9 +22,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from toolkit import distributed
-from toolkit.images import folders, shards, transforms
+from toolkit.images import folders, kept, shards, transforms
 from toolkit.images.bands import Bands
-from toolkit.images.kept import KEPT_BYTES
 
 UNLABELLED = -1  # the label of an image without one
 
@@ -122,7 +121,7 @@ def keep_decoded(*sets: LabelledImages | None) -> None:
     """From now on decode the files of these images once each, as far as they fit into KEPT_BYTES."""
     sources = {images.source for images in sets if images is not None and images.in_files}
     for source in sources:
-        source.keep(KEPT_BYTES // len(sources))
+        source.keep(kept.KEPT_BYTES // len(sources))
 
 
 def copies(images: LabelledImages, others: LabelledImages) -> dict[str, str]:
@@ -182,7 +181,7 @@ class Transformed(Dataset):
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None:
                 torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which seeds GPUs as well
-            if getattr(self.transform, "takes_label", False):  # one draw for an image and its mask
+            if hasattr(self.transform, "takes_label"):  # one draw for an image and its mask
                 return self.transform(image, label)
             return self.transform(image), label
 

@@ -14,11 +14,9 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
-from toolkit import InputError, listed, printable
-from toolkit.choices import EVALUATION_NAMES
-from toolkit.images import dicom, remote
+from toolkit import InputError, choices, listed, printable
+from toolkit.images import dicom, kept, remote
 from toolkit.images.bands import ARRAY_SUFFIXES, Bands, WrongBands, decoded, open_image
-from toolkit.images.kept import KeptArrays
 
 # The first frame of an animated file is the image.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif", ".jp2")
@@ -35,7 +33,7 @@ class ImageFiles(Dataset):
         self.folder = str(folder)
         self.names = list(names)  # paths relative to the folder, with / between the parts
         self.bands = bands  # what is read of files that are no RGB photographs
-        self.kept: KeptArrays | None = None  # what was decoded since `keep` was called
+        self.kept: kept.KeptArrays | None = None  # what was decoded since `keep` was called
 
     def __len__(self) -> int:
         return len(self.names)
@@ -67,7 +65,7 @@ class ImageFiles(Dataset):
         """From now on decode each image once, and keep it in memory, up to `room` bytes of all."""
         kind = () if self.bands is None else (self.bands.channels, np.float32)
         with contextlib.suppress(OSError):  # the machine does not give so much
-            self.kept = KeptArrays(len(self), room, *kind)
+            self.kept = kept.KeptArrays(len(self), room, *kind)
 
     def opened(self, i: int) -> Image.Image:
         return open_image(self.path(i))
@@ -107,7 +105,7 @@ def named_faults(path: str) -> Iterator[None]:
 
 def evaluation_folder(root: Path) -> Path:
     """The folder next to train/ to evaluate on; test/ only where there is no other. Raises InputError for several."""
-    found = [root / name for name in EVALUATION_NAMES if remote.is_folder(root / name)]
+    found = [root / name for name in choices.EVALUATION_NAMES if remote.is_folder(root / name)]
     if len(found) > 1:
         both = " and ".join(path.name for path in found)
         raise InputError(f"{root} has {both}: name one of them", " with --val-dir")
@@ -117,7 +115,7 @@ def evaluation_folder(root: Path) -> Path:
         left_alone = f"; {test} is left alone" if len(found) > 1 else ""
         print(f"evaluating on {found[0]}{left_alone}")
     if not found:
-        names = "/, ".join(EVALUATION_NAMES)
+        names = "/, ".join(choices.EVALUATION_NAMES)
         raise InputError(f"{root} has train/ but no {names}/ or test/: add one", ", or name it with --val-dir")
     return found[0]
 
@@ -221,9 +219,9 @@ def image_names(folder: Path, within: str = "", others: Counter | None = None, b
         return names
     stems = set(map(without_suffix, names))
     masks = {name: re.fullmatch(r"(.+)_mask(_\d+)?\.[^./]*", name, re.DOTALL) for name in names}
-    kept = [name for name, mask in masks.items() if mask is None or mask[1] not in stems]
-    others += strange + Counter({"masks": len(names) - len(kept)})
-    return kept
+    images = [name for name, mask in masks.items() if mask is None or mask[1] not in stems]
+    others += strange + Counter({"masks": len(names) - len(images)})
+    return images
 
 
 def looked_for(others: Counter, bands: Bands | None = None) -> str:

@@ -30,8 +30,9 @@ def georeference(path: str | None, step: int = 1) -> Iterator[tuple]:
     with remote.opened(path) as source, bands.import_tifffile().TiffFile(source) as file:
         page = file.pages[0]
         found = {code: page.tags[code].value for code in (_SCALE, _TIE_POINTS, _MATRIX, *_KEYS) if code in page.tags}
-        is_point = (page.geotiff_tags or {}).get(_RASTER_TYPE) == _POINT
-    shift = is_point * (step - 1) / 2  # of the first pixel's place, in pixels
+        shift = 0.0  # of the first pixel's place, in pixels
+        if (page.geotiff_tags or {}).get(_RASTER_TYPE) == _POINT:
+            shift = (step - 1) / 2
     if _SCALE in found:
         found[_SCALE] = np.array(found[_SCALE]) * (step, step, 1)
     if _TIE_POINTS in found:

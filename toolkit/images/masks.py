@@ -16,9 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from toolkit import NO_LABEL, InputError, printable
-from toolkit.images import data, folders, lists, remote, scaling, splitting
+from toolkit.images import data, folders, lists, remote, scaling, splitting, transforms
 from toolkit.images.bands import Bands, array_of, levels_of_tiff, open_image
-from toolkit.images.transforms import View, eval_transform, orientation, to_rgb
 
 MOST_CLASSES = 255
 
@@ -246,8 +245,8 @@ class PairFiles(folders.ImageFiles):
                     height, width = image.shape[:2]
                 else:
                     # Of a PNG `getexif` would decode all, in case its EXIF data stand at the end.
-                    if (image.format != "PNG" or "exif" in image.info) and orientation(image) != 1:
-                        image = to_rgb(image)
+                    if (image.format != "PNG" or "exif" in image.info) and transforms.orientation(image) != 1:
+                        image = transforms.to_rgb(image)
                     width, height = image.size
         except InputError as error:
             return error
@@ -428,7 +427,7 @@ class PairCrop:
     takes_label = True  # see `Transformed`
     size: int
     varied: bool
-    whole: View
+    whole: transforms.View
 
     def __call__(self, image: Image.Image | np.ndarray, mask: Tensor) -> tuple[Tensor, Tensor]:
         zoom = 1.0
@@ -465,9 +464,9 @@ def _drawn(length: int, side: int, pixel: int | None = None) -> int:
     return torch.randint(low, high + 1, ()).item()
 
 
-def pair_transforms(image_size: int, augmentation: str, **normalization: Any) -> tuple[PairCrop, View]:
+def pair_transforms(image_size: int, augmentation: str, **normalization: Any) -> tuple[PairCrop, transforms.View]:
     """The transforms of pairs for training (augmentation 'crop': `PairCrop` varies), and of images for evaluation."""
-    whole = eval_transform(None, **normalization)
+    whole = transforms.eval_transform(None, **normalization)
     return PairCrop(image_size, augmentation == "crop", whole), whole
 
 

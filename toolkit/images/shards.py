@@ -14,12 +14,11 @@ import numpy as np
 from PIL import Image
 
 from toolkit import InputError, listed, printable
-from toolkit.images import remote
+from toolkit.images import folders, remote
 from toolkit.images.bands import Bands, picture_of
-from toolkit.images.folders import ImageFiles, image_names, looked_for, one_spelling, suffixes, visible_names
 
 
-class ShardedImages(ImageFiles):
+class ShardedImages(folders.ImageFiles):
     """`ImageFiles` that lie in archives. An image's path is the archive's path, followed by its name in the archive."""
 
     def __init__(self, folder: Path, shards: Sequence[str], names: Sequence[str], places: np.ndarray, bands):
@@ -43,22 +42,22 @@ def read_shards(folder: Path, bands: Bands | None = None) -> tuple[ShardedImages
 
     Raises InputError for archives that are no plain tar, images next to archives, labels of some images, or no images.
     """
-    shards = [name for name in visible_names(folder)[1] if name.endswith(".tar")]
+    shards = [name for name in folders.visible_names(folder)[1] if name.endswith(".tar")]
     if not shards:
         return None
-    if images := image_names(folder):
+    if images := folders.image_names(folder):
         both = f"{folder} has both archives, as {shards[0]}, and image files, as {images[0]}"
         raise InputError(f"{both}: move those that are not meant elsewhere")
     found: list[tuple[str, tuple[int, int, int], str | None]] = []
     for number, shard in enumerate(shards):
-        images, labels = _members(folder / shard, suffixes(bands))
+        images, labels = _members(folder / shard, folders.suffixes(bands))
         for name, (offset, size) in images.items():
             place, file = posixpath.split(name)
             key = posixpath.join(place, file.partition(".")[0])  # by which webdataset finds labels
             text = labels.get(posixpath.splitext(name)[0], labels.get(key))
             found.append((f"{shard}/{name}", (number, offset, size), text))
     if not found:
-        raise InputError(f"{folder}: no images in its {len(shards)} archives {looked_for(Counter(), bands)}")
+        raise InputError(f"{folder}: no images in its {len(shards)} archives {folders.looked_for(Counter(), bands)}")
     names, places, texts = zip(*found, strict=True)
     bare = [name for name, text in zip(names, texts, strict=True) if text is None]
     if 0 < len(bare) < len(names):
@@ -80,7 +79,7 @@ def _members(path: Path, endings: tuple[str, ...]) -> tuple[dict[str, tuple[int,
                     images[member.name] = member.offset_data, member.size
                 elif member.name.endswith(".cls"):
                     text = archive.extractfile(member).read(1000).decode()
-                    labels[member.name.removesuffix(".cls")] = one_spelling(text.strip())
+                    labels[member.name.removesuffix(".cls")] = folders.one_spelling(text.strip())
             archive.fileobj.seek(archive.offset)
             if any(archive.fileobj.read(tarfile.BLOCKSIZE)):  # an archive ends in zeros, or in nothing
                 raise tarfile.ReadError("it is damaged after its first members")

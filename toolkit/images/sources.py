@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from toolkit import InputError, distributed, listed, printable
-from toolkit.choices import DATASETS, DEFAULT_TASK, TRUTHS, UNLABELLED_SET  # noqa: F401
+from toolkit.choices import DATASETS, DEFAULT_TASK, EVALUATION_NAMES, TRUTHS, UNLABELLED_SET  # noqa: F401
 from toolkit.images import folders, remote, shards, splitting, transforms
 from toolkit.images.bands import Bands
 from toolkit.images.data import LabelledImages, among, copies, look_at_each
@@ -302,7 +302,7 @@ def _existing(option: str, folder: str | Path | None) -> Path:
 def part_to_evaluate(folder: Path, class_names: Sequence[str]) -> Path:
     """The val/ or test/ in a folder that has such parts; else the folder itself, where a class may be called so."""
     inside = folders.folders_by_class(folder).keys()
-    if inside & {*folders.EVALUATION_NAMES, "test"} and not inside & set(class_names):
+    if inside & {*EVALUATION_NAMES, "test"} and not inside & set(class_names):
         return folders.evaluation_folder(folder)
     return folder
 

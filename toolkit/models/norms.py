@@ -14,8 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 
-from toolkit import InputError, distributed
-from toolkit.devices import is_traced
+from toolkit import InputError, devices, distributed
 
 NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
@@ -107,11 +106,11 @@ class Freezable(Extended):
             super().reset_running_stats()
 
     def forward(self, x: Tensor) -> Tensor:
-        if not is_traced() and FOLDING.get({}).pop(self, None) is x:  # the convolution has normalised it
+        if not devices.is_traced() and FOLDING.get({}).pop(self, None) is x:  # the convolution has normalised it
             return self._activated(x)
         is_known = self.has_activation or unextended(self).forward is _BatchNorm.forward
         trains = self.training or any(parameter.requires_grad for parameter in self.parameters())
-        if trains or not is_known or not x.requires_grad or self.running_mean is None or is_traced():
+        if trains or not is_known or not x.requires_grad or self.running_mean is None or devices.is_traced():
             return super().forward(x)
         self._check_input_dim(x)
         y = _ConstantNorm.apply(x, self)
@@ -129,6 +128,11 @@ class Freezable(Extended):
 
 
 FreezableBatchNorm2d = extended(nn.BatchNorm2d, Freezable)
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """Is this a BatchNorm whose statistics stay as they are in training?"""
+    return isinstance(module, Freezable) and module.frozen
 
 
 def freeze_statistics(norm: nn.Module, freeze: bool, training: bool) -> None:
@@ -157,7 +161,7 @@ def constants_kept() -> Iterator[None]:
 def constant_scale_and_shift(norm: _BatchNorm, mean: Tensor, var: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """``g = gamma / sqrt(var + eps)`` and ``beta + (bias - mean) g`` for these statistics, (out,) each."""
     given = [t for t in (norm.weight, norm.bias, mean, var, bias) if t is not None]
-    kept = None if is_traced() else _kept.get()
+    kept = None if devices.is_traced() else _kept.get()
     if kept is None or any(t.requires_grad or t.is_inference() for t in given):  # the latter change without a trace
         return _scale_and_shift(norm, mean, var, bias)
     # It differs for what was replaced, moved or written to: writing through `.data` alone leaves no trace.
@@ -190,8 +194,7 @@ def share_statistics(model: nn.Module) -> None:
     if distributed.world_size() == 1:
         return
     for module in model.modules():
-        is_shared = isinstance(module, SharedStatistics)
-        if not isinstance(module, _BatchNorm) or is_shared or getattr(module, "frozen", False):
+        if not isinstance(module, _BatchNorm) or isinstance(module, SharedStatistics) or is_frozen(module):
             continue
         if unextended(module).forward is not _BatchNorm.forward:
             remedy = "train in one, or freeze the norms (--freeze-backbone, no --norms train)"

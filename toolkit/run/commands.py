@@ -92,6 +92,7 @@ def make_parser(description: str = "") -> tuple[argparse.ArgumentParser, dict[st
     add(["export"], "--normalise", "the graph takes images from 0 to 1, or the files' numbers", action="store_true")
     add(["convert"], "--to", "the format; --output is a folder", choices=["peft"])
     add(["convert"], "--rank", "in place of --to: the rank that is kept of each layer's change", type=positive_int)
+    parser.set_defaults(labelled=())  # of the commands that do not ask
     return parser, parsers
 
 
@@ -122,14 +123,13 @@ ALSO = {"evaluate": ("_answers.csv", ".html"), "embed": (PATHS,), "merge": (".js
 
 def files_written(args: argparse.Namespace) -> list[Path]:
     """The files that a command writes outside a folder of answers, --output first, and the page of `evaluate` last."""
-    output = getattr(args, "output", None)
-    if args.command == "evaluate" and output is None:
+    if args.command == "evaluate" and args.output is None:
         return [args.adapter.parent / f"{args.adapter.stem}_evaluation.html"]
     if args.command == "choose" or (args.command == "convert" and args.rank is None):
-        return list(map(output.joinpath, INSIDE[args.command]))
-    if output is None or (args.command in ANSWERING and not output.suffix):
+        return list(map(args.output.joinpath, INSIDE[args.command]))
+    if args.command in ANSWERING and not args.output.suffix:
         return []
-    return [output, *(output.with_name(output.stem + ending) for ending in ALSO.get(args.command, ()))]
+    return [args.output, *(args.output.with_name(args.output.stem + ending) for ending in ALSO.get(args.command, ()))]
 
 
 def problems_of_output(args: argparse.Namespace) -> Iterator[str]:
@@ -149,7 +149,7 @@ def problems_of_output(args: argparse.Namespace) -> Iterator[str]:
     elif not os.path.isdir(args.output.parent):
         yield f"--output {args.output}: there is no folder {args.output.parent}; make it first"
     if args.command in ANSWERING and args.output.suffix != ".csv":  # which is no image
-        for path in (*args.images, *getattr(args, "labelled", ())):
+        for path in (*args.images, *args.labelled):
             if path.is_dir() and args.output.resolve().is_relative_to(path.resolve()):
                 yield f"--output {args.output} is among the images in {path}: name a place outside"
     written = files_written(args)

@@ -9,12 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from toolkit import devices, distributed
+from toolkit import choices, devices, distributed
 from toolkit.answers import evaluation, tasks
-from toolkit.choices import TRUTHS
-from toolkit.images import data, masks
-from toolkit.images.bands import Bands
-from toolkit.images.cache import CACHED_VIEWS, cache_features, drawn_view, plain_view
+from toolkit.images import bands, cache, data, masks
 from toolkit.images.data import LabelledImages, Remembered, Transformed, build_loader
 from toolkit.images.sources import Splits, load_splits
 from toolkit.images.transforms import TwoCrops, eval_transform, train_transform
@@ -32,10 +29,10 @@ ANSWERED_PIXELS = 128 * 64**2  # of a batch that is only answered: small images 
 PROBED_PAIRS = 500  # the same with masks, of which the probe is of some pixels of each: `segmentation.PROBE_ROWS`
 
 
-def load_images(args: options.FineTuneOptions, read: Bands | None) -> Splits:
+def load_images(args: options.FineTuneOptions, read: bands.Bands | None) -> Splits:
     """The training and the evaluation images, with their labels or masks."""
     reader = None
-    if TRUTHS[args.task] == "mask":
+    if choices.TRUTHS[args.task] == "mask":
         reader = masks.MaskReader(masks.read_classes(args.classes), args.unknown_value)
     where = options.image_sources(args, read)
     splits = load_splits(**where, labels_per_class=args.labels_per_class, seed=args.seed, masks=reader)
@@ -88,12 +85,12 @@ class Loaders:
             plain = self.add_loader(images, self.plain_view)
             augmented = self.add_loader(images, self.augmentation, seed=self.args.seed)
             loaders = [plain, *[augmented] * views]  # each pass draws new views
-            return cache_features(images, list(map(features, loaders)), plain.batch_sampler.batch_size)
+            return cache.cache_features(images, list(map(features, loaders)), plain.batch_sampler.batch_size)
 
-        views = 0 if self.args.augmentation == "none" else CACHED_VIEWS
+        views = 0 if self.args.augmentation == "none" else cache.CACHED_VIEWS
         self.images = self.images._replace(train=cached(self.images.train, views), val=cached(self.images.val, 0))
-        self.eval_transform = self.plain_view = plain_view
-        self.augmentation = drawn_view
+        self.eval_transform = self.plain_view = cache.plain_view
+        self.augmentation = cache.drawn_view
         self.args = replace(self.args, workers=0)  # there is nothing to decode
 
     def open(self, norms_train: bool, teaches: bool = False) -> None:
@@ -127,7 +124,7 @@ class Loaders:
         self.watched = self.add_same_views(self.watched_images, self.augmentation)
         # They calibrate the head, and start it unless there are more training images.
         some = self.images.train.at_most(CALIBRATION_IMAGES)
-        varies = self.args.augmentation != "none" and TRUTHS[self.args.task] in ("class", "labels")
+        varies = self.args.augmentation != "none" and choices.TRUTHS[self.args.task] in ("class", "labels")
         views = probed_views(len(some)) if varies else 1
         seed = self.args.seed
         if views > 1:  # other views than the guard's: training would seem to harm a head that was fitted to these

@@ -220,8 +220,7 @@ def complete_shared(args: argparse.Namespace, origins: dict[str, str], typed: Co
     elif args.resume is not None and args.resume.name == str(args.resume) and not os.path.exists(args.resume):
         args.resume = args.output_dir / args.resume
     for name in PATHS:
-        value = getattr(args, name, None)
-        if value and origins.get(name) == "config":
+        if origins.get(name) == "config" and (value := getattr(args, name)):  # stage 1 has not all of them
             setattr(args, name, list(map(found_path, value)) if isinstance(value, list) else found_path(value))
     if args.dataset is None:
         args.dataset = "imagefolder" if args.data_dir or args.data_list or args.val_dir else "digits"
@@ -244,7 +243,7 @@ def complete_shared(args: argparse.Namespace, origins: dict[str, str], typed: Co
     if args.warmup_epochs > args.epochs:
         warmup = f"--warmup-epochs {args.warmup_epochs:g} is more than --epochs {args.epochs}"
         yield f"{warmup}: no step would have the peak rate; lower it"
-    if args.resume is not None and not os.path.exists(args.resume) and not all_folds(args):
+    if args.resume is not None and not os.path.exists(args.resume) and not ("folds" in args and all_folds(args)):
         yield f"--resume {args.resume}: no such file, so there is nothing to go on with; start without it"
 
 
@@ -274,7 +273,7 @@ def complete_fine_tuning(args: argparse.Namespace, origins: dict[str, str], type
         args.head_init = "random"  # there is nothing yet that a probe could find
     if args.lora_init is None:  # over a random head the gradient is random too
         args.lora_init = "gradient" if args.head_init == "probe" else "random"
-    yield from environment_problems(args, output_folder.FINE_TUNING_FILES)
+    yield from environment_problems(args, output_folder.FINE_TUNING_FILES, args.arithmetic)
     yield from model_problems(args.checkpoint, args.arch, args.heads)
     for other, clashing in (CLASHES | {f"--task {args.task}": TASK_CLASHES[choices.TRUTHS[args.task]]}).items():
         for words, reason in clashing.items():
@@ -367,9 +366,8 @@ def _own_problems(args: Any, typed: Container[str]) -> Iterator[str]:
         yield f"--folds {args.folds} with --resume {args.resume}: give --resume alone, and --output-dir"
 
 
-def environment_problems(args: Any, written: Iterable[str]) -> Iterator[str]:
+def environment_problems(args: Any, written: Iterable[str], arithmetic: str = "float") -> Iterator[str]:
     """What is wrong with device, precision and folders, one line each; the run writes the files `written`."""
-    arithmetic = getattr(args, "arithmetic", "float")  # an option of fine-tuning alone
     if args.device not in ("auto", "cpu") or args.precision == "fp16" or arithmetic == "int8":  # the rest is everywhere
         from toolkit import devices  # here: it loads PyTorch
 
@@ -389,8 +387,7 @@ def environment_problems(args: Any, written: Iterable[str]) -> Iterator[str]:
 
 def all_folds(args: Any) -> bool:
     """Are all parts of a cross-validation asked for, and not one?"""
-    folds = getattr(args, "folds", None)  # stage 1 has none
-    return folds is not None and "/" not in folds
+    return args.folds is not None and "/" not in args.folds
 
 
 def lora_options(args: AdapterOptions) -> dict[str, Any]:
@@ -430,11 +427,11 @@ def known_image_values(args: Any, checkpoint: Path | None) -> tuple[scaling.Scal
     if checkpoint is not None:
         channels, metadata = checkpoints.find_images(checkpoint, args.arch)
     with contextlib.suppress(InputError):  # reported when it is put on the backbone
-        if adapter := getattr(args, "stage1_adapter", None):
-            content = read_described(adapter)
+        if isinstance(args, ModelOptions) and args.stage1_adapter is not None:
+            content = read_described(args.stage1_adapter)
             if checkpoints.value_at(content, "metadata/mean") is not None:
                 metadata = content["metadata"]
-                file = adapter
+                file = args.stage1_adapter
                 channels = metadata.get("channels") or 3
     channels = args.channels or channels
     known = known_scaling(scaling_of(args), channels, metadata, file)

@@ -38,7 +38,8 @@ def problems(args: Any, written: Iterable[str] = ()) -> Iterator[str]:
     places = list(filter(_is_in_the_way, map(folder.joinpath, (*written, MOVING))))
     read = [("--data-list", path) for path in args.data_list or ()]
     for option in ("data_dir", "val_dir", "checkpoint", "stage1_adapter", "unlabelled"):
-        read.append((f"--{option.replace('_', '-')}", getattr(args, option, None)))
+        if option in args:  # stage 1 has not all of them
+            read.append((f"--{option.replace('_', '-')}", getattr(args, option)))
     for option, path in read:
         if path and any(same_file(place, above) for place in places for above in (path, *path.absolute().parents)):
             yield f"{option} {path} would be overwritten: give another --output-dir"
@@ -52,7 +53,7 @@ def problems(args: Any, written: Iterable[str] = ()) -> Iterator[str]:
 def _places_of_images(args: Any) -> Iterator[Path]:
     """The folders in which a new folder would be taken for a class, or its pictures for images."""
     reads_folder = args.dataset in ("imagefolder", choices.UNLABELLED_SET) and args.data_list is None
-    others = (getattr(args, name, None) for name in ("knn_dir", "unlabelled"))
+    others = [getattr(args, name) for name in ("knn_dir", "unlabelled") if name in args]
     for root in filter(None, (*others, args.data_dir if reads_folder else None)):
         parts = list(map(root.joinpath, ("train", *choices.EVALUATION_NAMES, "test")))
         yield from parts if os.path.isdir(parts[0]) else [root]

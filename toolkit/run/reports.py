@@ -10,10 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from toolkit import VERSION, InputError, devices, files, listed, printable, typed
+from toolkit import VERSION, InputError, config, devices, files, listed, printable, typed
 from toolkit.answers import answer_reports, comparison, heat_maps, measures, tasks
 from toolkit.answers.report_page import BLUE, ORANGE, html_pictures, new_figure, save_figure, write_page
-from toolkit.config import flat
 from toolkit.images import bands, sources, transforms
 from toolkit.models import backbones, checkpoints, published
 from toolkit.run import loaders, options, teacher, verdict
@@ -247,12 +246,12 @@ def _results(run: FineTuned, result: tasks.Answers, figures: dict, kept: dict, c
     }
 
 
-def gained_by_stage_1(mine: Path, config: Mapping[str, Any]) -> str:
+def gained_by_stage_1(mine: Path, settings: Mapping[str, Any]) -> str:
     """Compare a run with one in a folder beside it that lacks stage 1, or say how. `mine`: its results.json to be."""
-    own = flat(config)
+    own = config.flat(settings)
     for path in sorted(mine.absolute().parent.parent.glob("*/results.json")):
         with contextlib.suppress(InputError):
-            if flat(comparison.read_results(path).get("config", {})) == own | {"model.stage1_adapter": None}:
+            if config.flat(comparison.read_results(path).get("config", {})) == own | {"model.stage1_adapter": None}:
                 _, _, (measure, found), *_ = comparison.table(comparison.compare(path, mine), path, mine)
                 return f"{measure} {found}, against {path.parent}"
     return f"{typed('deploy')} compare RUN_WITHOUT_IT/results.json {shlex.quote(str(mine))}"
