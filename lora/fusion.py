@@ -275,6 +275,29 @@ class FusedTimmBlock(Extended):
             FOLDING.reset(before)
 
 
+class WidenedConv2d(Extended):
+    """A depthwise convolution with a stride, which trains in float32 where a CPU autocasts to bfloat16.
+
+    In bfloat16 oneDNN takes 16 to 250 times as long for the gradient of the input. Adapted layers see to it themselves
+    (`backends.conv2d_gradient`): these are of other classes, such as timm's `Conv2dSame`, and get no adapter.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        narrows = x.device.type == "cpu" and torch.is_autocast_enabled("cpu") and not devices.is_traced()
+        if not narrows or not torch.is_grad_enabled():
+            return super().forward(x)
+        with torch.autocast("cpu", enabled=False):
+            y = super().forward(x.float())
+        return y.to(torch.get_autocast_dtype("cpu"))
+
+
+def _strides_by_channels(layer: nn.Module) -> bool:
+    """Is this a depthwise convolution with a stride, of a class that gets no adapter?"""
+    if not isinstance(layer, nn.Conv2d) or is_adapted(layer) or unextended(layer) is nn.Conv2d:
+        return False
+    return layer.groups == layer.in_channels == layer.out_channels and max(layer.stride) > 1
+
+
 # Each by its name, for timm may be missing: they become a `FusedTimmBlock`.
 TIMM_BLOCKS = {"ConvBnAct", "ConvNormAct", "DepthwiseSeparableConv", "EdgeResidual", "InvertedResidual"}
 FUSED = {ResNet: FusedResNet, BasicBlock: FusedBlock, Bottleneck: FusedBlock}
@@ -288,6 +311,8 @@ def fuse(model: nn.Module) -> None:
         stock = unextended(block)
         if stock.__module__.startswith("timm.") and stock.__name__ in TIMM_BLOCKS:
             FUSED[stock] = FusedTimmBlock
+        if _strides_by_channels(block):
+            block.__class__ = extended(stock, WidenedConv2d)
         if stock in FUSED:
             inside = block.modules() if stock is VisionTransformer else block.children()
             gains = "checkpointing" in vars(block) or any(is_adapted(m) or isinstance(m, FusedMLPBlock) for m in inside)

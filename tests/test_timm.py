@@ -16,6 +16,7 @@ from torch import nn
 
 import deploy_lora
 from finetune_lora import add_lora_to_model, count_parameters, freeze_backbone_params, load_finetuned
+from lora.fusion import fuse, unfuse
 from lora_utils import LoRAManager, base_digests, read_adapter_file, unused_adapters
 from tests.checkpoint_files import under
 from tests.test_heat_maps import written_out
@@ -369,6 +370,29 @@ def test_a_block_of_timm_s_folds_its_batch_norms(name):
         norm.weight.requires_grad_()
     dense.compare_with_dense(stock, model, [x], EXACT)
     assert dense.classes(manager.unload(merge=True)) == dense.classes(stock)
+
+
+@pytest.mark.parametrize(("groups", "stride", "widened"), [(6, 2, True), (6, 1, False), (2, 2, False)])
+def test_a_strided_depthwise_convolution_of_timm_s_trains_in_float32(groups, stride, widened):
+    """In bf16 its gradient takes a CPU 16 times as long or more. Answers, and other convolutions, are in bf16."""
+    torch.manual_seed(0)
+    stock = nn.Sequential(timm.layers.Conv2dSame(6, 6, 3, stride=stride, groups=groups))
+    model = copy.deepcopy(stock)
+    fuse(model)
+    x = torch.randn(2, 6, 9, 9, requires_grad=True)
+    gy = torch.randn_like(stock(x)).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = stock(x)
+        trains = model(x)
+        with torch.no_grad():
+            assert torch.equal(model(x), rounded)
+    assert trains.dtype == torch.bfloat16
+    assert torch.equal(trains, stock(x).bfloat16() if widened else rounded)
+    [gx] = torch.autograd.grad(trains, x, gy, retain_graph=True)
+    [expected] = torch.autograd.grad(stock(x) if widened else rounded, x, gy.float() if widened else gy)
+    assert torch.equal(gx, expected)
+    unfuse(model)
+    assert dense.classes(model) == dense.classes(stock)
 
 
 class InvertedResidual(BLOCKS.InvertedResidual):
