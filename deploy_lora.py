@@ -22,6 +22,7 @@ Every command takes the file of any run: LoRA, QLoRA or full fine-tuning.
 
 import argparse
 import contextlib
+import copy
 import functools
 import hashlib
 import io
@@ -52,7 +53,7 @@ from torch.utils.data import DataLoader
 from torchvision.models.resnet import ResNet
 
 from finetune_lora import adapt_layers, load_base, load_finetuned, multiply_in_8_bits
-from lora import adapter_file, initialization, peft_format
+from lora import adapter_file, followed_norms, initialization, peft_format
 from lora.adapted import LoRASettings, adaptable_layers, is_adapted, recorded_in_4_bits
 from lora_utils import LoRAManager, find_base, full_rank, model_shape, read_adapter_file
 from toolkit import InputError, devices, did_you_mean, distributed, dotted, files, listed, optional_package, printable
@@ -64,7 +65,8 @@ from toolkit.images.data import LabelledImages, TolerantImages, Transformed, amo
 from toolkit.models.backbones import block_names, headless, in_head, input_channels, other_heads
 from toolkit.models.checkpoints import state_digest, value_at
 from toolkit.models.names import TIMM, is_none
-from toolkit.run import commands, options, output_folder, reports, runs
+from toolkit.models.norms import freeze_statistics
+from toolkit.run import commands, loaders, options, output_folder, reports, runs
 
 PART_IMAGES = 10_000  # or some fewer, in a file of a folder of answers
 SMALLEST = 33  # pixels along a side, from which on a ResNet's last map is no single point, whose enlarging differs
@@ -115,6 +117,11 @@ class Deployed:
     def outputs(self, images: Tensor) -> Tensor:
         """The model's outputs for images (N, C, H, W), float32: (N, ...)."""
         return evaluation.computed(self.model, images, self.device, self.dtype).float()
+
+    def answers(self, images: LabelledImages) -> Any:
+        """The task's answers for labelled images."""
+        bar = runs.progress_bar(self.loader(Transformed(images, self.transform)), "evaluate")
+        return self.task.evaluate(self.model, bar, self.device, self.dtype)
 
     def loader(self, images: Transformed) -> DataLoader:
         loading = {"batch_size": self.args.batch_size, "workers": self.args.workers, "device": self.device}
@@ -205,8 +212,7 @@ def _evaluated(deployed: Deployed) -> tuple[LabelledImages, str, Any]:
     images, where = _labelled_images(deployed.args.images, deployed.about)
     if len(images) < distributed.world_size():
         raise InputError(f"{len(images)} images for {distributed.world_size()} processes: start fewer")
-    bar = runs.progress_bar(deployed.loader(Transformed(images, deployed.transform)), "evaluate")
-    return images, where, deployed.task.evaluate(deployed.model, bar, deployed.device, deployed.dtype)
+    return images, where, deployed.answers(images)
 
 
 def threshold(args: argparse.Namespace) -> tasks.Task:
@@ -385,9 +391,7 @@ def choose(args: argparse.Namespace) -> list[str]:
         classes = deployed.about["class_names"]
         if not classes or 0 < len(labelled) < choosing.FEW * len(classes):
             how = "the most typical first"
-            known = features[:0]
-            if len(labelled):
-                [(known, _)] = _answered(backbone, labelled, [range(len(labelled))])
+            [(known, _)] = _answered(backbone, labelled, [range(len(labelled))])
             chosen = choosing.most_typical(features, count, known)
         else:
             how = "the adapter is least sure of them"
@@ -722,9 +726,40 @@ def _cut_to_rank(args: argparse.Namespace) -> None:
     metadata = adapter_file.unmeasured(metadata) | {"lora": {"r": args.rank, "lora_alpha": 2 * args.rank}}
     del metadata["transform"]
     metadata["cut to rank"] = f"{args.rank}, {kept / total:.1%} of the change's energy kept"
+    accuracy = "compare both by evaluate, or by convert --images"
+    if args.images is not None:
+        accuracy = _compare_on_images(args, model, changed)
     LoRAManager(model).save_lora_checkpoint(args.output, metadata)
     of_layers = f"{len(energies)} layers keep {kept / total:.1%} of the energy of their change"
-    print(f"wrote {args.output}: {of_layers}, {worst} the least, {part / whole:.1%}; compare both by evaluate")
+    print(f"wrote {args.output}: {of_layers}, {worst} the least, {part / whole:.1%}; {accuracy}")
+
+
+def _compare_on_images(args: argparse.Namespace, cut: nn.Module, changed: set[str]) -> str:
+    """Say what both models score on --images. Changed BatchNorm statistics become those of the images, if better."""
+    for name, module in cut.named_modules():
+        own = {dotted(name, leaf) for leaf in followed_norms.STATISTICS}
+        freeze_statistics(module, changed.isdisjoint(own), training=False)
+    norms = nn.ModuleList(evaluation.training_norms(cut))
+    with _deployed(args) as before:
+        images, where, result = _evaluated(before)
+        LoRAManager(cut).merge_lora_weights()
+        after = replace(before, model=devices.place(cut, before.device))
+        scores = [result.score, after.answers(images).score]
+        told = "{} before, {} after"
+        if len(norms):
+            stored = copy.deepcopy(norms.state_dict())
+            some = images.at_most(loaders.STATISTICS_IMAGES)
+            size = min(len(some), args.batch_size)
+            if size == 1:
+                raise InputError("--images: one image has no variance; give more of them, or a larger --batch-size")
+            whole_batches = Transformed(some.subset(range(len(some) // size * size)), after.transform)
+            evaluation.estimate_statistics(cut, after.loader(whole_batches), after.device, after.dtype)
+            scores.append(after.answers(images).score)
+            told += " with the file's BatchNorm statistics, {} with these images': the better ones are written"
+            if scores[2] > scores[1]:  # the count stays: another in a file says that the norm has trained
+                stored = {name: count for name, count in stored.items() if name.endswith("num_batches_tracked")}
+            norms.load_state_dict(stored, strict=False)
+    return f"{before.task.score_title} on {where}: {told.format(*map(before.task.reported, scores))}"
 
 
 def convert(args: argparse.Namespace) -> None:

@@ -315,6 +315,7 @@ TABLE = [
     case("a misspelt class", "explain lora.pth images/val --output o --label drak", "did you mean dark?"),
     case("a graph of an unknown kind", "export lora.pth --output m.pth", "must end in .onnx or .pt2"),
     case("a rank in the format of PEFT", "convert lora.pth --to peft --rank 2 --output x.pth", "drop --to"),
+    case("images for PEFT", "convert lora.pth --to peft --images images --output x", "--images is for a lower --rank"),
     case("an output without a name", "predict lora.pth images --output ''", "an argument is empty: leave it out, or"),
     case("an output of an empty variable", "merge lora.pth --output=", "an argument is empty: leave it out, or see"),
     case("a Space that is there", "demo lora.pth --write images", "to the folder images: File exists; name another"),

@@ -1,12 +1,13 @@
 """`deploy_lora.py convert --rank`: what was trained as adapters of a lower rank, against dense truncated weights."""
 
 import copy
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import save_adapter
-from dense import FP32, assert_close, randomize_adapters
+from dense import FP32, assert_close, assert_unchanged, randomize_adapters, snapshot
 from torch import Tensor, nn
 
 import deploy_lora
@@ -85,6 +86,46 @@ def test_each_layer_keeps_the_main_part_of_its_change(base, narrow, saved, kind,
     layers = read_adapter_file(tmp_path / "lora2.pth")["layers"]
     assert {(record["r"], record["lora_alpha"]) for record in layers.values()} == {(2, 4)}
     assert "Not measured" in deploy_lora.main(f"card {tmp_path}/lora2.pth --output {tmp_path}/card.md".split())
+
+
+@pytest.mark.parametrize("trained", [fully_trained, adapted])
+@torch.no_grad()
+def test_changed_statistics_become_those_of_images_if_better(narrow, saved, images, trained, tmp_path, capsys):
+    base = saved(narrow)
+    place = images / "train"
+    path = save_adapter(trained(base), tmp_path / "lora.pth", base, arch="resnet18")
+
+    def cut(options: str = "") -> nn.Module:
+        deploy_lora.main(f"convert {path} --rank 2 --output {tmp_path}/cut.pth {options}".split())
+        return LoRAManager(load_finetuned(tmp_path / "cut.pth")[0]).unload(merge=True)
+
+    def scores(name: str) -> dict:
+        return deploy_lora.main(["evaluate", f"{tmp_path}/{name}.pth", str(place)])
+
+    model = cut()
+    of_file = snapshot(model)
+    right = scores("cut")["accuracy_per_class"]
+    answer = max(right, key=right.get)
+    told = [f"{scores(name)['accuracy']:.2%}" for name in ("lora", "cut")]
+    shutil.copytree(place / answer, tmp_path / "one" / answer)  # of which all are answered right: nothing is better
+    assert_unchanged(of_file, cut(f"--images {tmp_path}/one"))
+    with pytest.raises(InputError, match=r"^--images: one image has no variance"):
+        cut(f"--images {place} --batch-size 1")
+    capsys.readouterr()
+    found = cut(f"--images {place}")
+    printed = capsys.readouterr().out
+    before, after, anew = *told, f"{scores('cut')['accuracy']:.2%}"
+    assert f"accuracy on 21 in {place}: {before} before, {after} after with the file's" in printed
+    assert f"statistics, {anew} with these images'" in printed
+    start = snapshot(of_base(base))
+    for name, norm in model.eval().named_modules():  # all images are a batch, by PyTorch's own BatchNorms
+        if f"{name}.running_var" in start and not torch.equal(norm.running_var, start[f"{name}.running_var"]):
+            norm.train().momentum = 1.0
+    about = load_finetuned(path)[1]
+    data, _ = deploy_lora._labelled_images(place, about)
+    model(torch.stack([about["transform"](data[i][0]) for i in range(len(data))]))
+    expected = model.state_dict() | {name: tensor for name, tensor in of_file.items() if "batches" in name}
+    torch.testing.assert_close(found.state_dict(), expected)
 
 
 def test_a_rank_above_a_layer_keeps_its_whole_change_and_nothing_of_what_was_there():

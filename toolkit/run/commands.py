@@ -74,8 +74,8 @@ def make_parser(description: str = "") -> tuple[argparse.ArgumentParser, dict[st
     add(of_adapters - {"info", "card"}, "--checkpoint", "the base, if it was moved", type=checkpoint_path)
     in_batches = set(ON_IMAGES) - {"explain"}  # which draws one image after the other
     computing = (*ON_IMAGES, "demo")
-    add(in_batches | {"demo"}, "--batch-size", "images at a time", type=positive_int, default=32)
-    add(computing, "--device", "auto, cpu, cuda, cuda:1, mps", default="auto")
+    add(in_batches | {"demo", "convert"}, "--batch-size", "images at a time", type=positive_int, default=32)
+    add((*computing, "convert"), "--device", "auto, cpu, cuda, cuda:1, mps", default="auto")
     add(in_batches, "--workers", "processes that load images", type=worker_count, default="auto")
     add(computing, "--precision", "auto: 16 bits on a GPU; bf16: CPUs with AMX too", choices=PRECISIONS, default="auto")
     add(computing, "--arithmetic", "int8: multiply in 8 bits; large ViT on a CPU", choices=ARITHMETICS, default="float")
@@ -92,7 +92,10 @@ def make_parser(description: str = "") -> tuple[argparse.ArgumentParser, dict[st
     add(["export"], "--normalise", "the graph takes images from 0 to 1, or the files' numbers", action="store_true")
     add(["convert"], "--to", "the format; --output is a folder", choices=["peft"])
     add(["convert"], "--rank", "in place of --to: the rank that is kept of each layer's change", type=positive_int)
-    parser.set_defaults(labelled=())  # of the commands that do not ask
+    of_cut = "with --rank, labelled ones as of evaluate: BatchNorm statistics anew, and what both files score"
+    add(["convert"], "--images", of_cut, type=homed)
+    # Of the commands that do not ask.
+    parser.set_defaults(labelled=(), workers="auto", precision="auto", arithmetic="float")
     return parser, parsers
 
 
@@ -175,8 +178,12 @@ def writing(args: argparse.Namespace) -> Iterator[None]:
 
 def check(args: argparse.Namespace) -> Iterator[str]:
     """What is wrong with the options of a command, one line each."""
-    if args.command == "demo" and args.write is None and os.environ.get("WORLD_SIZE", "1") != "1":
-        yield "demo: the page is shown by one process, and torchrun starts several: start it with python"
+    shows_page = args.command == "demo" and args.write is None
+    compares = args.command == "convert" and args.images is not None
+    if (shows_page or compares) and os.environ.get("WORLD_SIZE", "1") != "1":
+        yield f"{args.command}: this is done by one process, and torchrun starts several: start it with python"
+    if compares and args.rank is None:
+        yield "--images is for a lower --rank: name that too, or drop --images"
     if "output" in args:
         yield from itertools.islice(problems_of_output(args), 1)
     if args.command in ("predict", "embed") and args.resume and args.output and args.output.suffix:
