@@ -39,7 +39,7 @@ class LoRASettings:
             problems.append(f"lora_dropout is {self.lora_dropout!r}; give a number from 0 to below 1")
         if problems:
             raise InputError("; ".join(problems))
-        for name, kind in (("r", int), ("lora_alpha", float), ("lora_dropout", float), ("use_rslora", bool)):
+        for name, kind in LoRASettings.__annotations__.items():
             object.__setattr__(self, name, kind(getattr(self, name)))
 
     @property
@@ -48,14 +48,14 @@ class LoRASettings:
 
 
 # Of a rank-0 layer: no adapter, but its weight is stored in 4, 8 or 16 bits.
-NO_ADAPTER = {"r": 0, "lora_alpha": 0.0, "lora_dropout": 0.0, "use_rslora": False, "scaling": 0.0}
+NO_ADAPTER = {name: kind() for name, kind in LoRASettings.__annotations__.items()} | {"scaling": 0.0}
 
 
 def recorded_settings(record: Mapping[str, Any]) -> LoRASettings | None:
     """The settings in a layer's record of an adapter file. None: the layer had no adapter, but was in 4 bits."""
     if record["r"] == 0:
         return None
-    return LoRASettings(record["r"], record["lora_alpha"], record["lora_dropout"], record["use_rslora"])
+    return LoRASettings(*map(record.get, LoRASettings.__annotations__))
 
 
 def is_adapted(module: nn.Module) -> bool:
