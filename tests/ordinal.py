@@ -1,4 +1,4 @@
-"""A task that tests/test_new_task.py adds to a copy of the toolkit: one of ordered classes, and the mean of them."""
+"""A task that test_contributing.py adds to a copy of the toolkit: one of ordered classes, and the mean of them."""
 
 from collections.abc import Sequence
 

@@ -2,10 +2,6 @@
 
 import contextlib
 import csv
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from unittest import mock
@@ -32,33 +28,6 @@ SHORTER = (
     (devices, "faster_dtype", lambda *_, **__: torch.float32),
     (torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1),
 )
-
-
-ROOT = Path(__file__).resolve().parents[1]
-BEFORE_A_RUN = """
-import sys
-import deploy_lora, finetune_lora
-from tests.checkpoint_files import shorten_vit_mini
-from tests.run_folders import SHORTER
-shorten_vit_mini()
-for module, name, value in SHORTER:
-    setattr(module, name, value)
-"""
-
-
-def run_in_copy(place: Path, added: Mapping, changed: Iterable[tuple[str, str, str]], script: str, *argv: Path) -> str:
-    """What a script prints in a copy of the toolkit, with text `added` to files, and in each (file, text, other)."""
-    shutil.copytree(ROOT, place, ignore=shutil.ignore_patterns(".*", "benchmarks", "checkpoints"))
-    for file, text, other in changed:
-        before = (place / file).read_text()
-        assert before.count(text) == 1, (file, text)
-        (place / file).write_text(before.replace(text, other))
-    for file, text in added.items():
-        with open(place / file, "a") as end:
-            end.write(text)
-    command = [sys.executable, "-c", BEFORE_A_RUN + script, *argv]
-    environment = os.environ | {"XDG_CACHE_HOME": str(place)}  # where commands note what they write
-    return subprocess.run(command, cwd=place, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def names_in(folder: Path) -> set[str]:

@@ -1,12 +1,17 @@
 """What CONTRIBUTING says of where something new belongs: it is put there, and nowhere else, and works.
 
-A task is in tests/test_new_task.py, a layer in docs/python.md, which tests/test_readme.py runs.
+A layer and a loss are in docs/python.md, which tests/test_readme.py runs, a layout in each row of test_checkpoints.py.
 """
 
 import copy
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import dense
 import numpy as np
@@ -16,18 +21,16 @@ import torch.nn.functional as F
 import yaml
 from PIL import Image
 from torch import nn
+from torchvision import transforms
 
 import deploy_lora
 from finetune_lora import ADAPTED, LoRALinear, load_finetuned
 from lora import fusion
 from lora.nf4 import dense_weight
-from lora_utils import LoRAManager
-from tests.checkpoint_files import under
-from tests.run_folders import assert_same, metrics, run_in_copy, tensors
-from toolkit.answers.parts import SoftmaxObjective
+from lora_utils import LoRAManager, read_adapter_file
+from tests.run_folders import assert_same, metrics, names_in, rows_of, tensors
 from toolkit.files import read_checkpoint
 from toolkit.images import masks
-from toolkit.models import checkpoints
 from toolkit.models.norms import Extended
 
 # ------------------------------------------------------------------------------------------------ another PEFT method
@@ -57,7 +60,7 @@ class QLoRAWithMagnitude(DoRALinear):
 @pytest.mark.parametrize("options", ["", "--use-qlora"])
 def test_another_method_trains_and_its_file_answers_alike_merged_or_not(options, finetune, images, monkeypatch):
     monkeypatch.setitem(ADAPTED, nn.Linear, (DoRALinear, QLoRAWithMagnitude))
-    results = finetune(f"--epochs 1 {options}")
+    results = finetune(f"--epochs 1 --target-modules mlp {options}")
     path = results["folder"] / "lora.pth"
     model, _ = load_finetuned(path)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, DoRALinear)}
@@ -103,16 +106,6 @@ def test_a_block_is_fused_as_long_as_it_has_adapters(monkeypatch):
     assert dense.classes(LoRAManager(model).unload()) == dense.classes(stock)
 
 
-@pytest.mark.usefixtures("small_backbones")
-def test_a_layout_of_checkpoints_is_an_entry(narrow, saved, monkeypatch):
-    layout = checkpoints._Layout("ours", "student.", entry="laboratory")
-    monkeypatch.setattr(checkpoints, "_LAYOUTS", (layout, *checkpoints._LAYOUTS))
-    path = saved({"laboratory": "ours", "state_dict": under("student.", narrow) | under("teacher.", narrow)})
-    model, report = checkpoints.load_backbone(path, 2)
-    assert report["family"] == "ours" and len(report["dropped"]) == len(narrow)
-    assert_same(narrow, model.state_dict())
-
-
 def test_a_format_of_masks_is_a_decoder(pairs, tmp_path, monkeypatch):
     real = masks._decoded
 
@@ -131,19 +124,34 @@ def test_a_format_of_masks_is_a_decoder(pairs, tmp_path, monkeypatch):
         assert torch.equal(found.mask(number), expected.mask(number))
 
 
-def test_another_loss_is_what_trains(start, monkeypatch):
-    run = start()
-    real = SoftmaxObjective.loss
-    gradients = []
-    for factor in (1, 3):
-        monkeypatch.setattr(SoftmaxObjective, "loss", lambda *given, factor=factor: factor * real(*given))
-        run.optimizer.zero_grad()
-        run.add_gradients(next(run.loaders.steps(1)), 1.0)
-        gradients.append(run.model.heads.head.weight.grad / factor)
-    torch.testing.assert_close(*gradients)
-
-
 # ------------------------------------------------------------------------------------------- in a copy of the toolkit
+
+ROOT = Path(__file__).resolve().parents[1]
+BEFORE_A_RUN = """
+import sys
+import deploy_lora, finetune_lora
+from tests.checkpoint_files import shorten_vit_mini
+from tests.run_folders import SHORTER
+shorten_vit_mini()
+for module, name, value in SHORTER:
+    setattr(module, name, value)
+"""
+
+
+def run_in_copy(place: Path, added: Mapping, changed: Iterable[tuple[str, str, str]], script: str, *argv: Path) -> str:
+    """What a script prints in a copy of the toolkit, with text `added` to files, and in each (file, text, other)."""
+    shutil.copytree(ROOT, place, ignore=shutil.ignore_patterns(".*", "benchmarks", "checkpoints"))
+    for file, text, other in changed:
+        before = (place / file).read_text()
+        assert before.count(text) == 1, (file, text)
+        (place / file).write_text(before.replace(text, other))
+    for file, text in added.items():
+        with open(place / file, "a") as end:
+            end.write(text)
+    command = [sys.executable, "-c", BEFORE_A_RUN + script, *argv]
+    environment = os.environ | {"XDG_CACHE_HOME": str(place)}  # where commands note what they write
+    return subprocess.run(command, cwd=place, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+
 
 OF_RUNS = """
 
@@ -215,11 +223,19 @@ CHANGED = [  # in a file what stands there, and what takes its place
 ]
 SCRIPT = """
 import runpy
-import toolkit
+import toolkit, torch
+from lora_utils import read_adapter_file
 base, images, out = sys.argv[1:]
 options = f"--checkpoint {base} --data-dir {images} --output-dir {out} --device cpu --enough 100 --batch-size 8"
 options += " --epochs 3 --augmentation square --workers 0 --warmup-epochs 0 --lr 1e-3"
-first = finetune_lora.main(options.split(), lambda run: print("augmentation:", run.loaders.augmentation.steps))
+
+def look(run):
+    print("augmentation:", run.loaders.augmentation.steps)
+    saved = read_adapter_file(run.path("lora.pth"))["tensors"]
+    print("saved:", all(torch.equal(saved[name], run.kept.average[name]) for name in saved if "lora_B" in name))
+
+
+first = finetune_lora.main(options.split(), look)
 again = finetune_lora.main([*options.split(), "--resume"])
 print("resumed:", first["val_loss"] == again["val_loss"])
 finetune_lora.main(options.split())
@@ -241,7 +257,9 @@ def test_each_takes_the_lines_that_are_named(base, images, tmp_path):
         "--keep-best with --enough: the last is kept; drop one" in printed and "| `--enough` |  | the loss" in printed
     )
     assert yaml.safe_load((out / "config.yaml").read_text())["finetune"]["enough"] == 100
-    assert "augmentation: Compose(\n    ToTensor()" in printed and "resumed: True" in printed
+    assert (
+        "augmentation: Compose(\n    ToTensor()" in printed and "saved: True" in printed and "resumed: True" in printed
+    )
     results = json.loads((out / "results.json").read_text())
     [epoch] = metrics(out)
     assert results["epochs"] == 1 and epoch["learning_rate"] == 0.5 * results["head_learning_rate"]
@@ -257,3 +275,73 @@ def test_each_takes_the_lines_that_are_named(base, images, tmp_path):
     average = {name: tensor for name, tensor in state["kept"]["average"].items() if "lora_B" in name}
     assert_same(average, content["tensors"])
     assert not any(torch.equal(tensor, state["model"][name]) for name, tensor in average.items())
+
+
+# ---------------------------------------------------------------------------------------------------------- a task
+
+RUN_TASK = """
+from toolkit import InputError
+base, images, out = sys.argv[1:]
+options = f"--task ordinal --checkpoint {base} --data-dir {images} --output-dir {out} --device cpu --epochs 1"
+finetune_lora.main([*options.split(), "--batch-size=8", "--augmentation=none", "--workers=0", "--keep-best=right"])
+adapter = f"{out}/lora.pth"
+deploy_lora.main(["info", adapter])
+deploy_lora.main(["evaluate", adapter, images, "--output", f"{out}/again.json"])
+deploy_lora.main(["compare", f"{out}/results.json", f"{out}/again.json"])
+deploy_lora.main(["predict", adapter, images, "--output", f"{out}/answers.csv"])
+for command, name in {"embed": "features.npy", "explain": "explained"}.items():
+    deploy_lora.main([command, adapter, f"{images}/val/dark", "--output", f"{out}/{name}"])
+for command, name in {"merge": "merged.pth", "export": "model.pt2", "card": "card.md"}.items():
+    deploy_lora.main([command, adapter, "--output", f"{out}/{name}"])
+deploy_lora.main(["convert", adapter, "--rank", "2", "--output", f"{out}/lower.pth"])
+deploy_lora.main(["demo", adapter, "--write", f"{out}/space"])
+for command, name in {"threshold": "other.pth", "choose": "next"}.items():
+    try:
+        deploy_lora.main([command, adapter, images, "--output", f"{out}/{name}"])
+    except InputError as error:
+        print(error)
+"""
+ADDED_TASK = {
+    "toolkit/choices.py": 'TRUTHS["ordinal"] = "class"\nKEEP_BEST["ordinal"] = {"right": "val_accuracy"}\n',
+    "toolkit/answers/ordinal.py": (ROOT / "tests/ordinal.py").read_text(),
+}
+CHANGED_TASK = [
+    ("toolkit/answers/tasks.py", "Regression, Segmentation)", "Regression, Segmentation, Ordinal)"),
+    ("toolkit/answers/tasks.py", "\nTASKS", "\nfrom toolkit.answers.ordinal import Ordinal\nTASKS"),
+]
+
+
+def test_every_command_is_of_the_new_task_and_predicts_what_the_exported_graph_does(base, images, tmp_path):
+    """By a copy of the toolkit that has a fifth task."""
+    out = tmp_path / "out"
+    printed = run_in_copy(tmp_path / "copy", ADDED_TASK, CHANGED_TASK, RUN_TASK, base, images, out)
+    assert "\n  task: {'kind': 'ordinal', 'ranks': [0.0, 2.0, 4.0]}\n" in printed  # by info
+    assert "100.00%, 100.00%: +0.00% (no interval), p = 1\n" in printed  # by compare
+    for refused in ("has no thresholds", "does not answer with one class for each image: choose by its checkpoint"):
+        assert f"{out}/lora.pth {refused}" in printed and not names_in(out) & {"other.pth", "next"}
+    results = json.loads((out / "results.json").read_text())
+    again = json.loads((out / "again.json").read_text())
+    assert results["task"] == again["task"] == "ordinal"
+    assert results["val_accuracy"] == again["accuracy"]
+    assert results["chosen_by"] == {"epoch": "the evaluation images"}
+    metadata = read_adapter_file(out / "lora.pth")["metadata"]
+    assert metadata["task"] == {"kind": "ordinal", "ranks": [0.0, 2.0, 4.0]}
+    assert json.loads((out / "merged.json").read_text())["activation"] == "softmax"
+    assert len(torch.load(out / "merged.pth")["heads.head.bias"]) == 3
+    assert np.load(out / "features.npy").shape == (5, 192)
+    assert names_in(out / "explained") >= {f"{number}.png" for number in range(5)}
+    lower = read_adapter_file(out / "lower.pth")
+    assert lower["metadata"]["task"] == metadata["task"]
+    assert {record["r"] for record in lower["layers"].values()} == {2}
+    assert "Ordinal" in (out / "space/toolkit/answers/ordinal.py").read_text()
+    card = (out / "card.md").read_text()
+    assert "pipeline_tag: tabular-classification" in card and "ordinal of images" in card
+
+    usage = json.loads((out / "model.json").read_text())
+    graph = torch.export.load(out / "model.pt2").module()
+    assert usage["activation"] == "none"  # the graph ends with the head's own
+    scaling = transforms.Normalize(usage["mean"], usage["std"])
+    for row in rows_of(out / "answers.csv"):
+        [shares] = graph(scaling(transforms.functional.to_tensor(Image.open(row["path"])))[None])
+        assert row["class"] == usage["class_names"][shares.argmax()]
+        assert float(row["rank"]) == pytest.approx((shares @ torch.tensor([0.0, 2.0, 4.0])).item(), abs=1e-3)
