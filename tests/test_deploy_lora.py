@@ -426,11 +426,3 @@ def test_where_features_find_no_room_the_earlier_ones_keep_their_paths(tmp_path,
     with pytest.raises(InputError, match="the previous file is intact"):
         write("b.png")
     assert column(rows_of(tmp_path / "f_paths.csv"), "path") == ["a.png"]
-
-
-@pytest.mark.parametrize("command", ["predict", "embed", "explain"])
-def test_a_folder_of_another_command_is_left_alone(adapter_for_images, images, tmp_path, monkeypatch, command):
-    monkeypatch.setattr(pytest.importorskip("fcntl"), "lockf", mock.Mock(side_effect=BlockingIOError))
-    with pytest.raises(InputError, match=f"^{tmp_path}/out: another run or command .* is writing in it; let it end"):
-        run(command, adapter_for_images, images / "val", "--device", "cpu", "--output", tmp_path / "out")
-    assert not (tmp_path / "out" / "_parts.json").exists()

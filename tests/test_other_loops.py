@@ -11,14 +11,13 @@ from functools import partial
 import dense
 import pytest
 import torch
-from dense import BF16, EXACT, FP32, assert_close, changed, dense_twin, frozen, images, resnet, snapshot, trained, vit
+from dense import BF16, EXACT, FP32, assert_close, dense_twin, frozen, images, resnet, trained, vit
 from torch import nn
 from torch.utils._pytree import tree_map_only
 from torchvision.models.resnet import Bottleneck
 
 from finetune_lora import set_gradient_checkpointing
 from lora_utils import LoRAManager
-from tests.run_folders import assert_same
 
 RESNET = partial(resnet, layers=(1, 1, 0, 0))  # a block as such, and one that halves its maps
 in_both = pytest.mark.parametrize("build", [RESNET, vit], ids=["resnet", "vit"])
@@ -177,29 +176,6 @@ def test_networks_in_inference_mode(build, mode, made_inside):
         assert dense.count_operations(lambda: model(x), "batch_norm") == 0
         LoRAManager(model).unmerge_lora_weights()
         assert_close(model(x), twin(x), EXACT)
-
-
-@pytest.mark.parametrize("build, side", [(resnet, 32), (vit, 16)], ids=["resnet", "vit"])
-@pytest.mark.parametrize("four_bits", [False, True], ids=["float", "4 bits"])
-def test_a_whole_model_can_be_saved(build, side, four_bits):
-    """`torch.save(model)` keeps adapters, merged weights' bases, frozen statistics and 4-bit constants."""
-    model = frozen(build(), use_qlora=four_bits)
-    x = images(side)
-    file = io.BytesIO()
-    merged = copy.deepcopy(model).eval()
-    LoRAManager(merged).merge_lora_weights()
-    torch.save((model, merged), file)
-    file.seek(0)
-    loaded, loaded_merged = torch.load(file, weights_only=False)
-    assert torch.equal(loaded.eval()(x), model.eval()(x)) and torch.equal(loaded_merged(x), merged(x))
-    LoRAManager(loaded_merged).unmerge_lora_weights()
-    assert torch.equal(loaded_merged(x), model(x))
-    before = snapshot(model)
-    for one in (model, loaded):
-        one.train()(x).square().mean().backward()
-        torch.optim.SGD(trained(one).values(), lr=1e-3).step()
-    assert_same(trained(loaded), trained(model))
-    assert changed(before, model)
 
 
 @pytest.mark.parametrize("build, side, four_bits", [(vit, 16, True), (resnet, 32, False)], ids=["merged", "unloaded"])

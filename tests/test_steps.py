@@ -8,20 +8,19 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import default_collate
 
-from finetune_lora import FineTuning, load_finetuned
+from finetune_lora import FineTuning
 from lora import initialization
 from lora.initialization import adapter_pairs, start_at_gradient
 from tests.conftest import LEAST_STEPS
 from tests.dense import assert_unchanged, snapshot
-from tests.run_folders import stop, train_on
+from tests.run_folders import train_on
 from toolkit import InputError
 from toolkit.answers import tasks
-from toolkit.answers.evaluation import evaluate, worst_batch_loss
+from toolkit.answers.evaluation import worst_batch_loss
 from toolkit.devices import CPU
 from toolkit.images.data import Transformed, build_loader
-from toolkit.images.sources import load_splits
 from toolkit.models.backbones import headless
-from toolkit.run import loaders, runs
+from toolkit.run import loaders
 from toolkit.run.training import MicroBatches
 
 
@@ -180,15 +179,6 @@ def test_a_head_starts_on_the_statistics_that_training_will_see(start, saved, na
     how = (CPU, torch.float32, trains.task.plain_loss)
     assert trains.guard.first_loss == worst_batch_loss(trains.network, trains.loaders.watched, *how)
     assert frozen.guard.first_loss is None  # the first step tells it
-
-
-def test_a_run_begins_as_the_linear_probe_that_it_saves(finetune, images, monkeypatch, tmp_path):
-    monkeypatch.setattr(FineTuning, "begin_epoch", stop)
-    with pytest.raises(runs.Stopped):
-        finetune("--augmentation crop --labels-per-class 2")
-    model, info = load_finetuned(tmp_path / "out/lora.pth")
-    loader = build_loader(Transformed(load_splits("imagefolder", images).val, info["transform"]), 8)
-    assert evaluate(model, loader, CPU).accuracy == info["val_accuracy"] == 1.0 and info["epoch"] == 0
 
 
 def test_the_rates_of_each_group(start):
