@@ -124,6 +124,15 @@ def test_what_is_wrong_with_an_archive_is_told(tmp_path):
     assert len(sources.readable(images)) == len(sources.load_unlabelled(tmp_path, skip_unreadable=True)) == 1
 
 
+def test_an_eps_that_is_called_a_photograph_does_not_start_ghostscript(tmp_path):
+    content = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n%%EOF\n"
+    (tmp_path / "a.jpg").write_bytes(content)
+    write(tmp_path / "shards/0.tar", tar_of({"a.jpg": content}))
+    for files in (folders.ImageFiles(tmp_path, ["a.jpg"]), shards.read_shards(tmp_path / "shards")[0]):
+        with pytest.raises(InputError, match=r"a\.jpg: not a readable image \(cannot identify"):
+            files[0]
+
+
 def test_images_are_found_in_nested_folders_and_through_links(tmp_path):
     touch(tmp_path / "cat", "b.png", "a.JPG", "deep/er/c.webp", "deep/d.TIFF", "z.jpeg")
     touch(tmp_path / "elsewhere", "e.png", "linked/f.bmp")
