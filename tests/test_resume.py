@@ -123,6 +123,8 @@ def test_a_run_that_is_stopped_again_and_again_ends_as_if_it_never_was(finetune,
         finetune(options, "stopped")
     state = read_checkpoint(tmp_path / "stopped/last.pth")
     assert state["history"] == [] and len(state["guard"]["scores"]) == 1
+    of_start = read_adapter_file(tmp_path / "stopped/lora.pth")["metadata"]
+    assert (of_start["epoch"], of_start["val_accuracy"]) == (0, state["baseline"]["probe"])
 
     def stop_after_the_last_step(run) -> None:
         if len(run.history) == 2:
