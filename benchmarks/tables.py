@@ -7,6 +7,8 @@
 
     <!-- table: ranks -->  ...  <!-- end -->
     LoRA ends at 79.5%<!-- ranks.clothes-lite0.r-8 -->
+
+What is `in_sentences` is cited alone, and no table of a page.
 """
 
 import json
@@ -55,6 +57,7 @@ class Figure(NamedTuple):
 
 STYLES = {
     "percent": lambda value: f"{100 * value:.1f}%",
+    "points": lambda value: f"{100 * value:.1f}",
     "gain": lambda value: f"{100 * value:+.1f}",
     "ratio": lambda value: f"{value:.2f}x",
     "share": lambda value: f"{value:.2f}",
