@@ -147,25 +147,29 @@ def test_an_archive_is_indexed_in_few_reads(here, monkeypatch):
     assert len(images) == len(labels) == 11 and len(reads) <= 2
 
 
-def test_what_cannot_be_had_is_one_line_without_secrets(place, base, tmp_path):
+def test_what_cannot_be_had_is_one_line_without_secrets(place, base, tmp_path, capsys):
     (tmp_path / "list.csv").write_text("".join(f"{place}/{name}.png,{name in 'ac'}\n" for name in "abcd"))
     for told, message in (
         (f"--data-list {place}/none.csv", "none.csv: cannot read it: "),
         ("--data-list https://some/list.csv?key=secret", "https://some/list.csv: a password, signature or further"),
         ("--data-list nosuch://place/list.csv", "nosuch://place/list.csv cannot be read: Protocol not known"),
         (f"--data-list {tmp_path}/list.csv", rf"^{place}/.\.png: not a readable image \(nothing is there\); repair"),
+        (f"--data-list {place}/list.csv --group-by who", f"no such column in {place}/list.csv, which has label"),
         (f"--data-dir {place}/none", "none: no folder that can be listed, or no answer; name"),
         (f"--data-dir {place}/list.csv", "list.csv: no folder that can be listed, or no answer; name"),
     ):
         with pytest.raises(InputError, match=message) as error:
             finetune_lora.main(argv(base, tmp_path / "out", told))
         assert "secret" not in str(error.value)
+    assert str(InputError("file:/a, s3:/b")) == "file:/a, s3://b"
+    folders.report_others(Path(place), folders.Counter(["a.txt"]))
+    assert capsys.readouterr().out.endswith(f"\n{place}: files that are not read as images: 1 a.txt\n")
 
 
 def test_what_is_read_is_a_file_and_no_device_or_pipe(tmp_path):
     os.mkfifo(tmp_path / "a.tar")
     (tmp_path / "list.csv").write_text("file:///dev/zero,cat\n")
-    for place in ("file:///dev/zero", f"file://{tmp_path}/a.tar"):
+    for place in ("file:///dev/zero", "file:///dev/null"):
         for read in (remote.read, lambda place: lists.ImageList(Path(place)).paths()):
             with pytest.raises(InputError, match=f"{place} cannot be read: not a file"):
                 read(place)

@@ -20,6 +20,7 @@ TOOLKIT = Path(__file__).resolve().parents[1]
 WRITTEN = Path("/", os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "moco-lora-written")
 SHIPPED = TOOLKIT / "checkpoints/moco_stage1/moco_stage1_epoch_100.pth"  # the backbone of the first run
 NO_LABEL = -100  # of an image, or a pixel of a mask, that no loss counts: what cross_entropy ignores
+_ADDRESS = re.compile(r"\b(?!file:)([a-z][a-z0-9+.-]+:/)(?=[^/\s])", re.IGNORECASE)  # that was a path, with // as /
 place_of: Callable[[Path], Path] = Path  # where what belongs at a path is written: see `output_folder.left_alone`
 
 
@@ -27,7 +28,7 @@ class InputError(ValueError):
     """The user's input is wrong. The message names the thing and the remedy; scripts print it and exit with 2."""
 
     def __str__(self) -> str:
-        return "".join(self.args)
+        return _ADDRESS.sub(r"\1/", "".join(self.args))
 
     @property
     def problem(self) -> str:

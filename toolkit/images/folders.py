@@ -232,7 +232,7 @@ def looked_for(others: Counter, bands: Bands | None = None) -> str:
 
 def report_others(folder: str | Path, others: Counter) -> None:
     if others:
-        print(f"{folder}: files that are not read as images: {_counted(others)}")
+        print(f"{remote.address(folder)}: files that are not read as images: {_counted(others)}")
 
 
 def _counted(others: Counter) -> str:
