@@ -236,6 +236,8 @@ def _shown(row: Sequence[str]) -> str:
 
 def _rows(path: Path) -> tuple[list[str], list[list[str]]]:
     """A list's titles, if its first line has some, and its lines, in cells."""
+    if path.suffix.lower() in (".tar", ".zip", ".gz", ".tgz", ".7z"):
+        raise InputError(f"{path} is an archive: name the folder that holds it; what is no plain .tar, unpack there")
     rows = []
     begun = 0  # where the row begins that is read
     try:

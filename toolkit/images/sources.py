@@ -295,7 +295,7 @@ def _existing(option: str, folder: str | Path | None) -> Path:
     if remote.is_remote(folder):
         problem = "no folder that can be listed, or no answer; name its images in a list, --data-list"
     elif os.path.exists(folder):
-        problem = "a file; give the folder with the images"
+        problem = "a file; name the folder that holds the images, or archives of them (plain .tar; unpack others)"
     raise InputError(f"{option} {remote.address(folder)}: {problem}")
 
 
