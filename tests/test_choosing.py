@@ -16,6 +16,7 @@ from finetune_lora import load_finetuned
 from tests.run_folders import rows_of
 from toolkit.answers import choosing, report_page
 from toolkit.images import data, folders, sources
+from toolkit.run import commands, verdict
 
 
 def blob(axis: int, *spread: float) -> torch.Tensor:
@@ -109,6 +110,11 @@ def test_an_adapter_chooses_what_it_is_least_sure_of(adapter_for_images, images,
         assert all(int(Path(name).stem) >= labelled for name in rest)  # a copy is known by its content
 
 
+def test_only_choose_does_not_offer_to_read_archives():
+    _, parsers = commands.make_parser()
+    assert [name for name in commands.ANSWERING if "archives" not in parsers[name].format_help()] == ["choose"]
+
+
 def test_of_many_images_some_are_looked_at(base, images, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(choosing, "MOST_IMAGES", 7)
     assert len(choose(base, images / "train", "--count", "2", "--output", tmp_path / "some")) == 2
@@ -118,13 +124,31 @@ def test_of_many_images_some_are_looked_at(base, images, tmp_path, monkeypatch, 
     assert len(choose(base, *pool, "--count", "22", "--output", tmp_path / "more")) == 21  # that can be read
 
 
-def test_a_run_lists_the_training_images_whose_label_seems_wrong_worst_first(finetune, images, tmp_path):
+def test_the_next_command_of_a_run_chooses_what_has_no_label_again_and_again(finetune, images, tmp_path, monkeypatch):
+    """Beside the images that train: some of these, and others. A list that was filled in stays."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(verdict, "_compared", lambda *_: ("", False, True))
+    mine = shutil.copytree(images, tmp_path / "mine")
+    beside = shutil.copytree(images, mine / "unlabelled")
+    others = [beside / "train" / name / "0.png" for name in CLASSES]
+    for place in others:
+        (mine / place.relative_to(beside)).unlink()
+    for extra, pool in (("", beside), ("--resume", beside), (f"--unlabelled {beside}/train", beside / "train")):
+        next_step = finetune(f"--data-dir {mine} --epochs 1 {extra}")["verdict"]["next_step"]
+        [words] = map(str.split, re.findall(r"deploy_lora\.py (choose [^;]*)", next_step))
+        assert sorted(map(Path, deploy_lora.main([*words, "--count=3"]))) == sorted(others)
+        assert words[2:4] == [str(pool), "--output"]
+        fill_in(Path(words[4], "to_label.csv"))
+
+
+def test_a_run_lists_the_training_images_whose_label_seems_wrong_worst_first(finetune, images, tmp_path, capsys):
     """One of the dark images lies among the bright ones; a resumed run knows of it as well."""
     mixed = shutil.copytree(images, tmp_path / "mixed")
     shutil.copy(images / "val/dark/0.png", mixed / "train/bright/wrong.png")
     options = f"--data-dir {mixed} --epochs 1"
     folder = finetune(options)["folder"]
     rows = rows_of(folder / "labels_to_check.csv")
+    assert f"labels_to_check.csv ({len(rows)} training images whose label may be wrong)," in capsys.readouterr().out
     assert rows[0] == rows[0] | {"path": str(mixed / "train/bright/wrong.png"), "label": "bright", "answer": "dark"}
     times = [float(row["times"]) for row in rows]
     assert times == sorted(times, reverse=True) and times[-1] > 1

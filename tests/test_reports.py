@@ -348,13 +348,14 @@ def test_commands_that_are_printed_exist_where_the_run_was_started(monkeypatch):
 
 def judged(probe=0.7, scores=(0.81, 0.82, 0.82, 0.82), losses=(0.5, 0.6), lowered=1.0, per_class=100, **more):
     task = more.pop("task", Classification)
+    places = {"adapter": "lora.pth", "labelled": "", "unlabelled": ""} | more.pop("places", {})
     results = {f"val_{task.score}": scores[-1], f"val_{task.score}_interval": (0.77, 0.86)}
     results |= {f"probe_{task.score}_before": probe, "unlabelled": None, "val_images": 300, "epochs": len(scores)}
     results |= {"learning_rate": 1e-3, "head_learning_rate": 1e-3 / lowered}
     train_loss, val_loss = losses
     history = [{f"val_{task.score}": score, "train_loss": 1.0, "val_loss": 1.0} for score in scores]
     history[-1] |= {"train_loss": train_loss, "val_loss": val_loss}
-    return verdict.judge(results | more, history, task, per_class)
+    return verdict.judge(results | more, history, task, per_class, places)
 
 
 CHOSEN = {"epoch": "the evaluation images"}
@@ -392,7 +393,8 @@ def test_a_few_images_less_than_a_perfect_probe_may_be_chance(wrong, is_chance):
 OVERFITTED = {"losses": (0.1, 0.6)}
 PERFECT = {"probe": 0.9, "scores": (0.97,), "val_accuracy_interval": (0.97, 1.0)}
 FEW_LABELS = {"per_class": 25, "probe": 0.8}
-FROM_LIST = {"unlabelled": {}, "config": {"data": {"data_list": ["my list.csv", "val.csv"]}}}
+FROM_LIST = {"unlabelled": {}, "places": {"labelled": "list.csv val.csv"}}
+BESIDE = {"places": {"unlabelled": "'my pool'"}}
 
 
 def test_what_limits_a_run_comes_with_one_next_step():
@@ -411,8 +413,14 @@ def test_what_limits_a_run_comes_with_one_next_step():
         ({"probe": 0.9, "lowered": 8, "retreats": [{}]}, ["collapsed, or gained nothing"], "--learning-rate auto"),
         # With few labels what helps there; both ways are for one class an image
         (FEW_LABELS, ["25 of each class"], "or images without labels: the same command with --unlabelled FOLDER"),
-        (FEW_LABELS | {"unlabelled": {"images": 900}}, ["25 of each class"], "new_images --output to_label"),
-        (FEW_LABELS | FROM_LIST, ["25 of each class"], "--output to_label --labelled 'my list.csv' val.csv"),
+        (FEW_LABELS | {"unlabelled": {"images": 900}}, ["25 of each class"], "new_images --output to_label-1"),
+        (FEW_LABELS | FROM_LIST, ["25 of each class"], "--output to_label-1 --labelled list.csv val.csv"),
+        (
+            FEW_LABELS | BESIDE,
+            ["25 of each class"],
+            "choose lora.pth 'my pool' --output to_label-1; or images without "
+            "labels: the same command with --unlabelled 'my pool'",
+        ),
         # Of those also where much was gained
         (OVERFITTED | {"per_class": 5, "task": MultiLabel}, ["5 of each label", "overfitting"], "more labelled images"),
         ({"per_class": 25}, ["few images"], "answers.csv"),  # which gained much all the same

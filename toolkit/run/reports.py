@@ -13,7 +13,7 @@ from typing import Any
 from toolkit import VERSION, InputError, config, devices, files, listed, printable, typed
 from toolkit.answers import answer_reports, comparison, heat_maps, measures, tasks
 from toolkit.answers.report_page import BLUE, ORANGE, html_pictures, new_figure, save_figure, write_page
-from toolkit.images import bands, sources, transforms
+from toolkit.images import bands, remote, sources, transforms
 from toolkit.models import backbones, checkpoints, published
 from toolkit.run import loaders, options, teacher, verdict
 from toolkit.run.training import best_epoch, column
@@ -71,7 +71,9 @@ def describe_unlabelled(run: FineTuned) -> str:
     """Two lines: where the head starts by the images without labels, and what they are taken for."""
     found = run.by_unlabelled
     line = "unlabelled: the head starts at the probe: no other is better for labelled images held out"
-    if found["name"] != "probe":
+    if run.task.contradicted is None:
+        line = "unlabelled: the head starts at the probe: with one label of a class none is held out to judge others by"
+    elif found["name"] != "probe":
         gained = f"log loss {-found['gain_loss']:+.3f}, accuracy {100 * found['gain_accuracy']:+.1f} points"
         line = f"unlabelled: the head starts at {found['name']}, for labelled images held out better: {gained}"
     if run.teacher is None:
@@ -168,12 +170,12 @@ def write_finetuning(run: FineTuned, result: tasks.Answers, kept: dict, counts: 
     mistakes = run.path("mistakes.png")
     named = report.draw_mistakes(run.splits.val, mistakes, explainer)
     images = run.task.counts(run.splits.train)
-    adapter = shlex.quote(str(run.path("lora.pth")))
-    found = verdict.judge(results, run.history, run.task, sum(images.values()) / len(images), adapter)
+    places = _places(run)
+    found = verdict.judge(results, run.history, run.task, sum(images.values()) / len(images), places)
     results["verdict"] = found._asdict()
     meaning = [("what was gained", found.gained), *(("limited by", limit) for limit in found.limits)]
     meaning.append(("next", found.next_step))
-    predict = verdict.predict_command(run.task, adapter)
+    predict = verdict.predict_command(run.task, places["adapter"])
     if predict != found.next_step:
         meaning.append(("or use it", predict))
     if run.args.stage1_adapter is not None:
@@ -193,6 +195,20 @@ def write_finetuning(run: FineTuned, result: tasks.Answers, kept: dict, counts: 
     by_label = report.printed() if report.in_summary else []
     print(f"\n{table([*rows, *by_label, *meaning])}")
     return results
+
+
+def _places(run: FineTuned) -> dict[str, str]:
+    """What the next commands are given, as they take it: the adapter, what has labels, and images without, if known."""
+    train, val, *_ = run.splits
+    labelled = run.args.data_list or ()
+    unlabelled = list(filter(None, [run.args.unlabelled]))
+    if train.in_files and not labelled:
+        labelled = dict.fromkeys((train.source.folder, val.source.folder))
+        beside = Path(train.source.folder).absolute().with_name("unlabelled")
+        if not unlabelled and beside.is_dir():
+            unlabelled = [beside]
+    found = {"adapter": [run.path("lora.pth")], "labelled": labelled, "unlabelled": unlabelled}
+    return {name: shlex.join(map(remote.address, paths)) for name, paths in found.items()}
 
 
 def _results(run: FineTuned, result: tasks.Answers, figures: dict, kept: dict, counts: dict) -> dict[str, Any]:
@@ -378,4 +394,6 @@ def summary(run: FineTuned, results: dict[str, Any], report: answer_reports.Repo
     yield "training time", duration(results["seconds"])
     yield "peak memory", memory
     yield "results in", f"{run.args.output_dir}/: lora.pth, last.pth, metrics.csv, results.json, config.yaml,"
+    if task.contradicted is not None:
+        yield "", f"labels_to_check.csv ({len(task.contradicted):,} training images whose label may be wrong),"
     yield "", f"training_curves.png, {report.picture}, mistakes.png; report.html shows them all"

@@ -3,13 +3,14 @@
 It looks at the evaluation images: whoever follows it has used them, and a number to publish needs others.
 """
 
-import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from toolkit import choices, typed
 from toolkit.answers.parts import Task
 from toolkit.models.checkpoints import value_at
+from toolkit.run.output_folder import free_beside
 from toolkit.run.training import column
 
 FEW_IMAGES = 25  # of each class: up to this many, training hardly finds more than the probe does
@@ -29,7 +30,7 @@ class Verdict(NamedTuple):
 
 
 def judge(
-    results: Mapping, history: Sequence[Mapping], task: Task | type[Task], images_per_class: float, adapter="lora.pth"
+    results: Mapping, history: Sequence[Mapping], task: Task | type[Task], images_per_class: float, places: Mapping
 ) -> Verdict:
     """Judge a finished run by the content of `results.json`, the rows of `metrics.csv`, and training images a class."""
     probe = results[f"probe_{task.score}_before"]
@@ -59,12 +60,12 @@ def judge(
     can_vary = is_photograph and augmentation not in ("trivial", "affine")
     again = "the same command with"
     longer = f"{again} --epochs {2 * max(1, results['epochs'])}"
-    label = f"more labels, of those images that teach most: {typed('deploy')} choose {adapter} new_images "
-    label += "--output to_label"
-    if lists := value_at(results, "config/data/data_list"):
-        label += f" --labelled {shlex.join(map(str, lists))}"
+    label = f"more labels, of those images that teach most: {typed('deploy')} choose {places['adapter']} "
+    label += f"{places['unlabelled'] or 'new_images'} --output {free_beside(Path('to_label'))}"
+    if places["labelled"]:
+        label += f" --labelled {places['labelled']}"
     if results["unlabelled"] is None:
-        label += f"; or images without labels: {again} --unlabelled FOLDER"
+        label += f"; or images without labels: {again} --unlabelled {places['unlabelled'] or 'FOLDER'}"
     lacks_labels = has_few and (may_be_chance or is_overfitted)
     can_search = "learning rate" not in results.get("chosen_by", {}) and results["unlabelled"] is None
     steps = [  # of which the first one that is due is taken
@@ -76,7 +77,7 @@ def judge(
         (may_be_chance and not is_overfitted and probe != 1, longer),
         (is_rising, longer),
         (is_overfitted and can_vary, f"{again} --augmentation trivial"),
-        (True, predict_command(task, adapter)),
+        (True, predict_command(task, places["adapter"])),
     ]
     next_step = next(step for is_due, step in steps if is_due)
     return Verdict(gained, [limit for limit, holds in limits.items() if holds], next_step)
