@@ -41,7 +41,7 @@ from lora.fusion import fuse, set_gradient_checkpointing
 from lora.nf4 import NF4Weight, dense_weight
 from lora_utils import LoRAManager, base_digests, count_parameters, full_rank, read_adapter_file, trained_state
 from toolkit import SHIPPED as DEFAULT_CHECKPOINT  # noqa: F401
-from toolkit import InputError, choices, config, devices, distributed, dotted, listed, printable, same_file
+from toolkit import InputError, attributes, choices, config, devices, distributed, dotted, listed, printable, same_file
 from toolkit.answers import evaluation, measures, probe, tasks
 from toolkit.files import read_checkpoint, save_atomically, write_cells
 from toolkit.images import bands, data, transforms
@@ -1008,9 +1008,8 @@ class FineTuning(RunState):
             found = distributed.gather(found)[0]  # elsewhere the last bits may differ, and with them what is decided
             answers = found.answers
             places = found.of_their_kind()
-            about = found._asdict()
-            del about["probe"], about["answers"]
-            about["shares"] = dict(zip(self.task.names, found.shares.tolist(), strict=True))
+            about = attributes(found, "name", "gain_loss", "gain_accuracy")
+            about["shares"] = dict(zip(self.task.names, answers.mean(0).tolist(), strict=True))
             about["foreign"] = found.foreign.float().mean().item()
             about |= {"images": len(answers), "left_out": len(answers) - len(places)}
             about |= {"trained": self.teacher is not None, "certainty": answers.amax(1).mean().item()}
@@ -1218,8 +1217,9 @@ class FineTuning(RunState):
         return self.task.answers(self.task.softened(outputs, temperature), targets)
 
     def estimate_head(self) -> bool:
-        """Set the head anew, as the images without labels show it, if they trained at the full rate, without harm."""
-        if self.teacher is None or self.kept.at_start or self.rate != self.args.learning_rate:
+        """Set the head anew, as images without labels show it, if these trained adapters, fully and without harm."""
+        taught = self.teacher is not None and self.args.lora_rank > 0  # else the features, and what they show, are old
+        if not taught or self.kept.at_start or self.rate != self.args.learning_rate:
             return False
         features = self.loaders.features(self.network, self.task, self.dtype, False)
         rows, targets, views = features.for_probe()

@@ -24,7 +24,7 @@ from moco import pretrain
 from tests.run_folders import assert_same_tensors, contents, metrics, names_in, stop
 from toolkit import InputError, devices
 from toolkit.files import open_atomically, read_checkpoint, write_text
-from toolkit.run import optim, output_folder, reports, runs
+from toolkit.run import optim, output_folder, reports, run_state, runs
 
 WAYS = {
     "4 bits": "--use-qlora --label-smoothing 0.1",
@@ -84,6 +84,23 @@ def test_a_run_is_not_resumed_with_other_images_classes_weights_or_norms(finetun
     torch.save(read_checkpoint(once / "last.pth") | {"class_names": ["a", "b", "c"]}, once / "other.pth")
     with pytest.raises(InputError, match=r"belongs to a run with other settings \(other classes\)"):
         finetune(f"--epochs 1 --resume {once / 'other.pth'}")
+
+
+def test_a_run_goes_on_with_the_images_without_labels_that_it_had_wherever_they_lie(saved):
+    def resumed(was, now, images: str) -> dict:
+        state = {"config": {"data": {"unlabelled": was}}, "images": "a digest", "base": {}}
+        own = state | {"config": {"data": {"unlabelled": now}}, "images": images}
+        of_run = argparse.Namespace(data_dir="mine"), saved(state), state.keys()
+        return run_state.state_of_same_run(*of_run, own, {"data.unlabelled"})
+
+    assert resumed("pool", "moved", "a digest")
+    for was, now, told in (
+        (None, "pool", "--unlabelled was not given in the run of .*, and is pool now: resume with the same images"),
+        ("pool", "other", "--unlabelled was pool in the run of .*, and is other now"),
+        ("pool", "pool", "other images than mine or pool holds now"),
+    ):
+        with pytest.raises(InputError, match=told):
+            resumed(was, now, "another")
 
 
 def test_a_run_goes_on_elsewhere_with_its_rates_times_and_files(finetune, finished_once, once, spy, monkeypatch):

@@ -18,7 +18,7 @@ from tests.conftest import CLASSES, LEAST_STEPS
 from tests.dense import trained
 from tests.image_files import tar_of
 from tests.run_folders import assert_identical, assert_same_tensors, contents, train_on
-from toolkit import distributed
+from toolkit import InputError, distributed
 from toolkit.answers import classification, evaluation, probe, unlabelled
 from toolkit.answers.evaluation import NO_LABEL
 from toolkit.devices import CPU
@@ -106,6 +106,8 @@ def test_a_run_says_what_images_without_labels_did_and_goes_on_bit_for_bit(finet
     assert json.loads((results["folder"] / "results.json").read_text())["unlabelled"] == found
     with pytest.raises(runs.Stopped):
         finetune(options, output="stopped", after_epoch=lambda run: run.stop._note(2, None))
+    with pytest.raises(InputError, match=f"--unlabelled was {images} in the run of .*, and is not given now: resume"):
+        finetune("--labels-per-class 5 --augmentation crop --resume", output="stopped")
     resumed = finetune(f"{options} --resume", output="stopped")
     assert_same_tensors(resumed["folder"] / "lora.pth", results["folder"] / "lora.pth")
     assert resumed["unlabelled"] == found
@@ -133,26 +135,27 @@ def test_the_first_process_says_for_all_what_images_without_labels_show(start, i
     run = start(f"--labels-per-class 5 --unlabelled {images}")
     monkeypatch.setattr(unlabelled, "foreign", lambda *_: torch.zeros(6) > 0)
     run.start()
-    answers = run.teacher.first_answers
     assert reports.describe_unlabelled(run).endswith("; 0% resemble no labelled image")
     run = start(f"--labels-per-class 5 --unlabelled {images}")
-    said = {"foreign": torch.arange(6) < 3, "shares": torch.tensor([0.5, 0.3, 0.2])}
-    monkeypatch.setattr(distributed, "gather", lambda own: [own._replace(answers=own.answers.flip(1), **said)])
+    said = {"foreign": torch.arange(6) < 3, "answers": torch.arange(18.0).reshape(6, 3)}
+    monkeypatch.setattr(distributed, "gather", lambda own: [own._replace(**said)])
     run.start()
-    assert torch.equal(run.teacher.first_answers, answers.flip(1)[3:])
+    assert torch.equal(run.teacher.first_answers, said["answers"][3:])
     taken = run.loaders.images.unlabelled  # they train, are watched and tell the last head
     assert [*taken.indices] == [*run.splits.unlabelled.indices[3:]]
     assert (run.by_unlabelled["foreign"], run.by_unlabelled["left_out"]) == (0.5, 3)
-    assert run.by_unlabelled["shares"] == pytest.approx(dict(zip(CLASSES, (0.5, 0.3, 0.2), strict=True)))
+    assert run.by_unlabelled["shares"] == dict(zip(CLASSES, (7.5, 8.5, 9.5), strict=True))
 
 
 def test_below_five_labels_a_class_they_do_not_train(start, images, monkeypatch):
-    monkeypatch.setattr(unlabelled, "foreign", lambda *_: torch.arange(9) < 6)
-    run = start(f"--labels-per-class 4 --unlabelled {images}")
-    run.start()
-    assert run.teacher is None
-    told = reports.describe_unlabelled(run)
-    assert "images without labels, below 5 labels a class, do not train" in told and told.endswith("no labelled image")
+    for labels, of_start in ((4, "no other is better for labelled images held out"), (1, "with one label of a class")):
+        monkeypatch.setattr(unlabelled, "foreign", lambda *_, others=21 - 3 * labels: torch.arange(others) < 6)
+        run = start(f"--labels-per-class {labels} --unlabelled {images}")
+        run.start()
+        assert run.teacher is None
+        told = reports.describe_unlabelled(run)
+        assert f"starts at the probe: {of_start}" in told and told.endswith("no labelled image")
+        assert "; images without labels, below 5 labels a class, do not train" in told
 
 
 def teacher_of(certainty=0.8, shares=(0.5, 0.25, 0.25)) -> Teacher:
@@ -334,8 +337,9 @@ def test_at_the_end_the_head_is_estimated_by_what_the_trained_network_sees(taugh
     views = taught.loaders.unlabelled_views(torch.arange(6))
     expected, _ = evaluation.all_outputs(taught.model, views, CPU, torch.float32)
     torch.testing.assert_close(others @ torch.full((3, 192), 2.0).T + 1, expected)
-    # Not of what trained at a lowered rate, of what did harm, and without images without labels.
+    # Not of what trained at a lowered rate, of what did harm, without images without labels, and without adapters.
     untold = ((taught, "rate", taught.rate / 2), (taught.kept, "at_start", True), (taught, "teacher", None))
+    untold = (*untold, (taught, "args", mock.Mock(lora_rank=0, learning_rate=taught.rate)))
     for owner, name, value in untold:
         with mock.patch.object(owner, name, value):
             assert not taught.estimate_head()

@@ -31,15 +31,13 @@ class Start(NamedTuple):
     answers: Tensor  # (M, K), for the images without labels: how probable each class is
     gain_loss: float  # what k-means gained over the probe in cross-validation: log loss, positive is better
     gain_accuracy: float  # and accuracy
-    shares: Tensor  # (K,), of the classes in `answers`
     foreign: Tensor  # (M,) of bool: which of the images without labels resemble no labelled one
 
     def of_their_kind(self) -> Tensor:
         """The places of the images without labels that may train: all, or those not foreign if many are."""
-        may_train = ~self.foreign
-        if self.foreign.float().mean() <= MOST_FOREIGN:
-            may_train = torch.ones_like(self.foreign)
-        return may_train.nonzero()[:, 0]
+        if self.foreign.float().mean() > MOST_FOREIGN:
+            return (~self.foreign).nonzero()[:, 0]
+        return torch.arange(len(self.foreign))
 
 
 class Images(NamedTuple):
@@ -105,8 +103,7 @@ def start(images: Images, known: Labelled, plain: Probe, views: int = 1, cluster
         gained = 0.0, 0.0
         head = plain
         outputs = (others @ plain.weight.T + plain.bias) / of_probe.temperature
-    shares = outputs.softmax(1)
-    return Start(head, name, shares, *gained, shares.mean(0), foreign(images, len(labels), views, clusters))
+    return Start(head, name, outputs.softmax(1), *gained, foreign(images, len(labels), views, clusters))
 
 
 def last_head(images: Images, known: Labelled) -> Probe:

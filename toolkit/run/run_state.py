@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
-from toolkit import InputError, config, devices, distributed, files
+from toolkit import InputError, config, devices, distributed, files, listed
 from toolkit.images.data import LoadingMeter
 from toolkit.models.checkpoints import value_at
 from toolkit.run import optim, options, runs, training
@@ -136,6 +136,11 @@ def copy_to_cpu(state: dict[str, Any]) -> dict[str, Any]:
 def state_of_same_run(args: Any, path: Path, keys: Collection, own: Mapping, free: Container[str]) -> dict[str, Any]:
     """The content of a `last.pth`; InputError if its keys, settings but those in `free`, images or base differ."""
     state = files.read_checkpoint(path, mapped=False)
+    was = value_at(state, "config/data/unlabelled")
+    unlabelled = value_at(own, "config/data/unlabelled")
+    if was != unlabelled and value_at(state, "images") not in (None, own["images"]):
+        both = f"was {was or 'not given'} in the run of {path}, and is {unlabelled or 'not given'} now"
+        raise InputError(f"--unlabelled {both}: resume with the same images, or start without --resume")
     if not isinstance(state, dict) or state.keys() != keys:
         raise InputError(f"{path} is not a last.pth of this version of the script; start without --resume")
     then = config.flat(state["config"])
@@ -145,8 +150,8 @@ def state_of_same_run(args: Any, path: Path, keys: Collection, own: Mapping, fre
         what = ", ".join(changed) or "other classes"
         raise InputError(f"{path} belongs to a run with other settings ({what}); resume with the same ones")
     if state["images"] != own["images"]:
-        there = f"{args.data_dir or 'the data set'} holds now"
-        raise InputError(f"{path} was trained on other images than {there}: put those back, or drop --resume")
+        there = listed(filter(None, (args.data_dir or "the data set", unlabelled)), by=" or ")
+        raise InputError(f"{path} was trained on other images than {there} holds now: put those back, or drop --resume")
     if state["base"] != own["base"]:
         base = f"another base than {args.checkpoint}"
         raise InputError(f"{path} was trained over {base}: give its --checkpoint, and --stage1-adapter if any")
