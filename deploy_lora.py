@@ -53,7 +53,7 @@ from torch.utils.data import DataLoader
 from torchvision.models.resnet import ResNet
 
 from finetune_lora import adapt_layers, load_base, load_finetuned, multiply_in_8_bits
-from lora import adapter_file, followed_norms, initialization, peft_format
+from lora import adapter_file, initialization, peft_format
 from lora.adapted import LoRASettings, adaptable_layers, is_adapted, recorded_in_4_bits
 from lora_utils import LoRAManager, find_base, full_rank, model_shape, read_adapter_file
 from toolkit import InputError, devices, did_you_mean, distributed, dotted, files, listed, optional_package, printable
@@ -123,8 +123,8 @@ class Deployed:
         bar = runs.progress_bar(self.loader(Transformed(images, self.transform)), "evaluate")
         return self.task.evaluate(self.model, bar, self.device, self.dtype)
 
-    def loader(self, images: Transformed) -> DataLoader:
-        loading = {"batch_size": self.args.batch_size, "workers": self.args.workers, "device": self.device}
+    def loader(self, images: Transformed, **loading: Any) -> DataLoader:
+        loading |= {"batch_size": self.args.batch_size, "workers": self.args.workers, "device": self.device}
         if self.task.per_pixel:
             loading["collate"] = masks.collate_pairs
             if images.dataset.source.largest > self.model.window**2:  # whole images, as in a run
@@ -737,8 +737,7 @@ def _cut_to_rank(args: argparse.Namespace) -> None:
 def _compare_on_images(args: argparse.Namespace, cut: nn.Module, changed: set[str]) -> str:
     """Say what both models score on --images. Changed BatchNorm statistics become those of the images, if better."""
     for name, module in cut.named_modules():
-        own = {dotted(name, leaf) for leaf in followed_norms.STATISTICS}
-        freeze_statistics(module, changed.isdisjoint(own), training=False)
+        freeze_statistics(module, dotted(name, "running_var") not in changed, training=False)
     norms = nn.ModuleList(evaluation.training_norms(cut))
     with _deployed(args) as before:
         images, where, result = _evaluated(before)
@@ -749,11 +748,10 @@ def _compare_on_images(args: argparse.Namespace, cut: nn.Module, changed: set[st
         if len(norms):
             stored = copy.deepcopy(norms.state_dict())
             some = images.at_most(loaders.STATISTICS_IMAGES)
-            size = min(len(some), args.batch_size)
-            if size == 1:
+            if min(len(some), args.batch_size) == 1:
                 raise InputError("--images: one image has no variance; give more of them, or a larger --batch-size")
-            whole_batches = Transformed(some.subset(range(len(some) // size * size)), after.transform)
-            evaluation.estimate_statistics(cut, after.loader(whole_batches), after.device, after.dtype)
+            batches = after.loader(Transformed(some, after.transform), drop_last=len(some) > args.batch_size)
+            evaluation.estimate_statistics(cut, batches, after.device, after.dtype)
             scores.append(after.answers(images).score)
             told += " with the file's BatchNorm statistics, {} with these images': the better ones are written"
             if scores[2] > scores[1]:  # the count stays: another in a file says that the norm has trained
