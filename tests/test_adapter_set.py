@@ -104,8 +104,10 @@ def test_each_adapter_computes_what_it_computes_alone_and_switching_copies_no_we
     assert isinstance(manager.model, VisionTransformer) or followers(alone["pets"])
     before = {}
     for name in ("cars", "pets", "head", "food", "cars", "head", "pets"):
+        manager.model.train()
         info = manager.use(name)
         assert manager.in_use == name and info["class_names"][0] == f"{name} 0"
+        assert [*manager.model.modules()][-1].training  # its head too, which was in eval mode
         assert_same(manager.model, alone[name])
         storages = {key: tensor.data_ptr() for key, tensor in manager.model.state_dict(keep_vars=True).items()}
         assert before.setdefault(name, storages) == storages
@@ -354,16 +356,3 @@ def test_adapters_follow_where_the_model_goes_when_they_come_into_use(manager, c
             assert {tensor.device.type for tensor in manager.model.state_dict().values()} == {"meta"}
         else:
             assert manager.model(X.bfloat16()).dtype == torch.bfloat16
-
-
-def test_a_head_follows_the_mode_of_the_model(tmp_path):
-    """Its dropout must not drop in eval mode, whichever mode the model was in when the head was last in use."""
-    model = nn.Sequential()
-    model.body, model.head = nn.Linear(4, 4), nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 2))
-    add_lora_to_model(model, r=1)
-    manager, x = LoRAManager(model), torch.randn(2, 4)
-    manager.save_lora_checkpoint(tmp_path / "lora.pth")
-    manager.load_lora_checkpoint(tmp_path / "lora.pth", name="same")  # in training mode
-    expected = model.eval()(x)
-    manager.use("same")
-    assert torch.equal(model(x), expected)
