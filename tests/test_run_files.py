@@ -190,13 +190,6 @@ def test_metrics_has_a_row_per_epoch_and_results_and_a_short_summary_say_what_ca
     assert f"{results['val_accuracy']:.2%}" in table and f"{results['knn_accuracy_before']:.2%}" in table
 
 
-def test_what_was_not_measured_is_an_empty_field_of_metrics(tmp_path):
-    run = run_state.RunState(argparse.Namespace(output_dir=tmp_path), torch.device("cpu"), torch.float32)
-    run.history = [{"epoch": 1, "effective_rank": None, "loss": 0.0}, {"epoch": 2, "loss": 0.5}]
-    run.save_metrics()
-    assert (tmp_path / "metrics.csv").read_text().splitlines() == ["epoch,effective_rank,loss", "1,,0.0", "2,,0.5"]
-
-
 def test_a_run_ends_with_the_command_that_answers_new_images_once(finetune, once, capsys, monkeypatch):
     for few in (25, 0):  # more labels come next, or nothing else does
         monkeypatch.setattr(verdict, "FEW_IMAGES", few)
