@@ -6,10 +6,11 @@ A layer and a loss are in docs/python.md, which tests/test_readme.py runs, a lay
 import copy
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 import dense
@@ -119,6 +120,8 @@ def test_a_format_of_masks_is_a_decoder(pairs, tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------- in a copy of the toolkit
 
 ROOT = Path(__file__).resolve().parents[1]
+A_TASK = ROOT / "tests/files/changes/task.diff"
+OF_A_RUN = sorted({*A_TASK.parent.iterdir()} - {A_TASK})
 BEFORE_A_RUN = """
 import sys
 import deploy_lora, finetune_lora
@@ -130,89 +133,31 @@ for module, name, value in SHORTER:
 """
 
 
-def run_in_copy(place: Path, added: Mapping, changed: Iterable[tuple[str, str, str]], script: str, *argv: Path) -> str:
-    """What a script prints in a copy of the toolkit, with text `added` to files, and in each (file, text, other)."""
+def change(place: Path, diff: Path) -> None:
+    """Make the change of a unified diff, as `git apply` does, but wherever the lines of a hunk stand."""
+    for part in diff.read_text().split("--- ")[1:]:
+        names, *hunks = re.split(r"^@@.*\n", part, flags=re.MULTILINE)
+        path = place / names.split("+++ b/")[1].strip()
+        text = path.read_text() if path.exists() else ""
+        for hunk in hunks:
+            before = "".join(re.findall(r"^[ -](.*\n)", hunk, re.MULTILINE))
+            after = "".join(re.findall(r"^[ +](.*\n)", hunk, re.MULTILINE))
+            assert text.count(before) == 1, f"{diff.name} does not fit {path.name}:\n{hunk}"
+            text = text.replace(before, after)
+        path.write_text(text)
+
+
+def run_in_copy(place: Path, changes: Iterable[Path], script: str, *argv: Path) -> str:
+    """What a script prints in a copy of the toolkit with these changes."""
     shutil.copytree(ROOT, place, ignore=shutil.ignore_patterns(".*", "benchmarks", "checkpoints"))
-    for file, text, other in changed:
-        before = (place / file).read_text()
-        assert before.count(text) == 1, (file, text)
-        (place / file).write_text(before.replace(text, other))
-    for file, text in added.items():
-        with open(place / file, "a") as end:
-            end.write(text)
+    for diff in changes:
+        change(place, diff)
+        assert f"changes/{diff.name})" in (ROOT / "CONTRIBUTING.md").read_text()
     command = [sys.executable, "-c", BEFORE_A_RUN + script, *argv]
     environment = os.environ | {"XDG_CACHE_HOME": str(place)}  # where commands note what they write
     return subprocess.run(command, cwd=place, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
-OF_RUNS = """
-
-class Averaged(KeptWeights):
-    def __init__(self, model, may_be_start):
-        super().__init__(model, may_be_start)
-        self.weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-        self.average = {}
-
-    def begin(self):
-        super().begin()
-        self.average = {name: weight.clone() for name, weight in self.weights.items()}
-
-    def after_step(self):
-        for name, weight in self.weights.items():
-            self.average[name].lerp_(weight, 0.5)
-
-    def in_place(self):
-        return super().in_place() if self.at_start else weights_replaced(self.weights, self.average.items())
-
-    def state_dict(self):
-        return super().state_dict() | {"average": self.average}
-
-    def load_state_dict(self, state):
-        super().load_state_dict(state)
-        self.average = {name: average.clone() for name, average in state["average"].items()}
-
-
-def is_enough(history, loss):
-    return loss is not None and len(history) > 0 and history[-1]["val_loss"] < loss
-"""
-COMMAND = """
-
-def count(args):
-    names = read_adapter_file(args.adapter)["metadata"]["class_names"]
-    files.write_text(str(len(names) + args.more), args.output)
-"""
-REPORT = """
-
-def write_loss(run, result):
-    files.write_text(str(result.loss), run.path("loss.txt"))
-"""
-SQUARE = """    if augmentation == "square":
-        return View(partial(whole, image_size), *_tensor(**normalization), bands=bands)
-"""
-ADDED = {  # at the end of each file
-    "toolkit/run/options.py": 'CLASHES["--enough"] = {"--keep-best": "the last is kept"}\n',
-    "toolkit/choices.py": 'AUGMENTATIONS += ("square",)\n',
-    "toolkit/images/families.py": 'FAMILIES["ours"] = Family((3,), None, (0.25,), (0.5,), "^base[.]pth$", "a page")\n',
-    "toolkit/run/optim.py": OF_RUNS,
-    "toolkit/run/reports.py": REPORT,
-    "toolkit/run/output_folder.py": 'FINE_TUNING_FILES += ("loss.txt",)\n',
-    "toolkit/run/commands.py": 'COMMANDS["count"] = "how many classes"\n',
-    "deploy_lora.py": COMMAND,
-}
-ENOUGH = '    enough: float | None = option(None, "the loss to stop below", type=positive_float)\n'
-MORE = '    add(["count"], "--more", "how many more", type=positive_int)\n'
-CHANGED = [  # in a file what stands there, and what takes its place
-    ("toolkit/run/options.py", "    epochs: int", ENOUGH + "    epochs: int"),
-    ("finetune_lora.py", "< args.epochs:", "< args.epochs and not optim.is_enough(run.history, args.enough):"),
-    ("finetune_lora.py", "optim.KeptWeights(", "optim.Averaged("),
-    ("finetune_lora.py", "run.schedule.step()", "run.schedule.step() or run.kept.after_step()"),
-    ("toolkit/run/optim.py", "AdamW(list(groups.values()), fused=True)", "SGD(list(groups.values()))"),
-    ("toolkit/run/optim.py", "return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))", "return 0.5"),
-    ("toolkit/images/transforms.py", '    if augmentation == "none":\n', SQUARE + '    if augmentation == "none":\n'),
-    ("toolkit/run/reports.py", "    curves = run", "    write_loss(run, result)\n    curves = run"),
-    ("lora/adapted.py", "    def __post_init__", "    lora_extra: float = 3.0\n\n    def __post_init__"),
-    ("toolkit/run/commands.py", "    parser.set_defaults(", MORE + "    parser.set_defaults("),
-]
 SCRIPT = """
 import runpy
 import toolkit, torch
@@ -244,7 +189,7 @@ def test_each_takes_the_lines_that_are_named(base, images, tmp_path):
     """A run with another option, a rule to stop by it, an average that is kept, another optimizer, schedule and
     augmentation, a report, a setting of adapters and a family of checkpoints; then a command."""
     out = tmp_path / "out"
-    printed = run_in_copy(tmp_path / "copy", ADDED, CHANGED, SCRIPT, base, images, out)
+    printed = run_in_copy(tmp_path / "copy", OF_A_RUN, SCRIPT, base, images, out)
     assert (
         "--keep-best with --enough: the last is kept; drop one" in printed and "| `--enough` |  | the loss" in printed
     )
@@ -293,20 +238,12 @@ for command, name in {"threshold": "other.pth", "choose": "next"}.items():
     except InputError as error:
         print(error)
 """
-ADDED_TASK = {
-    "toolkit/choices.py": 'TRUTHS["ordinal"] = "class"\nKEEP_BEST["ordinal"] = {"right": "val_accuracy"}\n',
-    "toolkit/answers/ordinal.py": (ROOT / "tests/ordinal.py").read_text(),
-}
-CHANGED_TASK = [
-    ("toolkit/answers/tasks.py", "Regression, Segmentation)", "Regression, Segmentation, Ordinal)"),
-    ("toolkit/answers/tasks.py", "\nTASKS", "\nfrom toolkit.answers.ordinal import Ordinal\nTASKS"),
-]
 
 
 def test_every_command_is_of_the_new_task_and_predicts_what_the_exported_graph_does(base, images, tmp_path):
     """By a copy of the toolkit that has a fifth task."""
     out = tmp_path / "out"
-    printed = run_in_copy(tmp_path / "copy", ADDED_TASK, CHANGED_TASK, RUN_TASK, base, images, out)
+    printed = run_in_copy(tmp_path / "copy", [A_TASK], RUN_TASK, base, images, out)
     assert "\n  task: {'kind': 'ordinal', 'ranks': [0.0, 2.0, 4.0]}\n" in printed  # by info
     assert "100.00%, 100.00%: +0.00% (no interval), p = 1\n" in printed  # by compare
     for refused in ("has no thresholds", "does not answer with one class for each image: choose by its checkpoint"):
