@@ -92,7 +92,11 @@ def start(images: Images, known: Labelled, plain: Probe, views: int = 1, cluster
     gains = of_probe.losses - of_k_means.losses
     gained = gains.nanmean().item(), (of_k_means.hits - of_probe.hits).nanmean().item()
     others = images.rows[len(labels) :]
-    if gained[0] > MARGIN * standard_error(gains, clusters) and gained[1] >= 0:
+    deviations = (gains - gains.nanmean()).nan_to_num()
+    if clusters is not None:  # they are independent, and not the images
+        deviations = clusters.cpu().bincount(deviations)
+    error = (deviations.square().sum().sqrt() / gains.isfinite().sum()).item()  # of the mean gain
+    if gained[0] > MARGIN * error and gained[1] >= 0:
         name = "k-means"
         temperature = of_k_means.temperature
         weight, bias = distilled(images, known, (k_means(images, known) / temperature).softmax(1))
@@ -137,14 +141,6 @@ def judge(logits: Tensor, labels: Tensor, views: int) -> Judged:
     hits = torch.where(is_known, (logits.argmax(2) == labels).float(), torch.nan)
     by_image = [of.unflatten(1, (views, -1)).flatten(0, 1).nanmean(0) for of in (losses, hits)]
     return Judged(temperature, *by_image)
-
-
-def standard_error(gains: Tensor, clusters: Tensor | None) -> float:
-    """Of the mean of gains (N,), some NaN, whose images are independent, or their clusters."""
-    deviations = (gains - gains.nanmean()).nan_to_num()
-    if clusters is not None:
-        deviations = clusters.cpu().bincount(deviations)
-    return (deviations.square().sum().sqrt() / gains.isfinite().sum()).item()
 
 
 def distilled(images: Images, known: Labelled, answers: Tensor) -> tuple[Tensor, Tensor]:

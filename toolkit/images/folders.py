@@ -41,22 +41,19 @@ class ImageFiles(Dataset):
     def __getitem__(self, i: int) -> Image.Image | np.ndarray:
         """Raises InputError for a file that is no image."""
         with named_faults(self.path(i)):
-            if self.kept is None:
-                return self.fresh(i)
-            array = self.kept.get(i, 0)
+            array = None
+            if self.kept is not None:
+                array = self.kept.get(i, 0)
             if array is not None:
                 return Image.fromarray(array) if self.bands is None else array
-            image = self.fresh(i)
-            if self.bands is not None:
-                self.kept.put(i, 0, image)
-            else:
+            if self.bands is None:
+                image = self.opened(i)
                 image.kept = self.kept, i  # for `transforms.decoded`
-            return image
-
-    def fresh(self, i: int) -> Image.Image | np.ndarray:
-        if self.bands is None:
-            return self.opened(i)
-        return self.bands.picked(decoded(self.content(i)))
+                return image
+            array = self.bands.picked(decoded(self.content(i)))
+            if self.kept is not None:
+                self.kept.put(i, 0, array)
+            return array
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"kept": None}  # a process that is not forked has none of this memory
