@@ -1,6 +1,6 @@
 """What CONTRIBUTING says of where something new belongs: it is put there, and nowhere else, and works.
 
-A layer and a loss are in docs/python.md, which tests/test_readme.py runs, a layout in each row of test_checkpoints.py.
+A layer, a loss and DoRA are in docs/python.md, which test_readme.py runs, a layout in each row of test_checkpoints.py.
 """
 
 import copy
@@ -12,12 +12,12 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from unittest import mock
 
 import dense
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 import yaml
 from PIL import Image
 from torch import nn
@@ -25,10 +25,11 @@ from torchvision import transforms
 from torchvision.models.googlenet import BasicConv2d
 
 import deploy_lora
-from finetune_lora import ADAPTED, LoRALinear, load_finetuned
+from finetune_lora import ADAPTED, load_finetuned
 from lora import fusion
 from lora.nf4 import dense_weight
 from lora_utils import LoRAManager, read_adapter_file
+from tests.pages import DOCS, blocks
 from tests.run_folders import assert_same, metrics, names_in, rows_of, tensors
 from toolkit.files import read_checkpoint
 from toolkit.images import masks
@@ -37,35 +38,19 @@ from toolkit.models.norms import Extended
 # ------------------------------------------------------------------------------------------------ another PEFT method
 
 
-class DoRALinear(LoRALinear):
-    """``m (W + s B A) / ||W + s B A||``, by rows, with m = ||W|| at the start (DoRA, arXiv 2402.09353, equation 5)."""
-
-    def _create_adapters(self):
-        super()._create_adapters()
-        self.lora_magnitude = nn.Parameter(dense_weight(self.base(), torch.float32).norm(dim=1))
-
-    def effective_weight(self):
-        V = super().effective_weight()
-        return self.lora_magnitude[:, None] * F.normalize(V, dim=1)
-
-    def forward(self, x, prologue=None):
-        if not self._is_active:
-            return super().forward(x, prologue)
-        return F.linear(x if prologue is None else prologue(x), self.effective_weight(), self.bias)
-
-
-class QLoRAWithMagnitude(DoRALinear):
-    in_4_bits = True
-
-
 @pytest.mark.parametrize("options", ["", "--use-qlora"])
-def test_another_method_trains_and_its_file_answers_alike_merged_or_not(options, finetune, images, monkeypatch):
-    monkeypatch.setitem(ADAPTED, nn.Linear, (DoRALinear, QLoRAWithMagnitude))
-    results = finetune(f"--epochs 1 --target-modules mlp {options}")
-    path = results["folder"] / "lora.pth"
-    model, _ = load_finetuned(path)
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, DoRALinear)}
-    assert layers and {type(layer) for layer in layers.values()} == {QLoRAWithMagnitude if options else DoRALinear}
+def test_another_method_trains_and_its_file_answers_alike_merged_or_not(options, finetune, images):
+    """DoRA, as in docs/python.md."""
+    [block] = [block for block in blocks("python", (DOCS / "python.md").read_text()) if "DoRALinear" in block]
+    with mock.patch.dict(ADAPTED):
+        exec(block, {})
+        kind = ADAPTED[nn.Linear][bool(options)]
+        results = finetune(f"--epochs 1 --target-modules mlp {options}")
+        path = results["folder"] / "lora.pth"
+        model, _ = load_finetuned(path)
+        merged = deploy_lora.main(["evaluate", str(path), str(images)])
+    layers = {name: layer for name, layer in model.named_modules() if type(layer) is kind}
+    assert len(layers) == 4
     found = tensors(path)
     for name, layer in layers.items():
         W = dense_weight(layer.base(), torch.float32)
@@ -74,7 +59,6 @@ def test_another_method_trains_and_its_file_answers_alike_merged_or_not(options,
         assert not torch.allclose(m, W.norm(dim=1), rtol=1e-6)  # it has trained
         x = torch.randn(3, layer.in_features)
         dense.assert_close(layer(x), x @ (m * V.T / V.norm(dim=1)) + layer.bias, dense.FP32)
-    merged = deploy_lora.main(["evaluate", str(path), str(images)])
     assert merged["loss"] == pytest.approx(results["val_loss"], abs=1e-4)
 
 
