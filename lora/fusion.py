@@ -287,15 +287,7 @@ class WidenedConv2d(Extended):
         if not narrows or not torch.is_grad_enabled():
             return super().forward(x)
         with torch.autocast("cpu", enabled=False):
-            y = super().forward(x.float())
-        return y.to(torch.get_autocast_dtype("cpu"))
-
-
-def _strides_by_channels(layer: nn.Module) -> bool:
-    """Is this a depthwise convolution with a stride, of a class that gets no adapter?"""
-    if not isinstance(layer, nn.Conv2d) or is_adapted(layer) or unextended(layer) is nn.Conv2d:
-        return False
-    return layer.groups == layer.in_channels == layer.out_channels and max(layer.stride) > 1
+            return super().forward(x.float()).to(torch.get_autocast_dtype("cpu"))
 
 
 # Each by its name, for timm may be missing: they become a `FusedTimmBlock`.
@@ -311,8 +303,10 @@ def fuse(model: nn.Module) -> None:
         stock = unextended(block)
         if stock.__module__.startswith("timm.") and stock.__name__ in TIMM_BLOCKS:
             FUSED[stock] = FusedTimmBlock
-        if _strides_by_channels(block):
-            block.__class__ = extended(stock, WidenedConv2d)
+        if isinstance(block, nn.Conv2d) and stock is not nn.Conv2d and not is_adapted(block):
+            is_depthwise = block.groups == block.in_channels == block.out_channels
+            if is_depthwise and max(block.stride) > 1:
+                block.__class__ = extended(stock, WidenedConv2d)
         if stock in FUSED:
             inside = block.modules() if stock is VisionTransformer else block.children()
             gains = "checkpointing" in vars(block) or any(is_adapted(m) or isinstance(m, FusedMLPBlock) for m in inside)
