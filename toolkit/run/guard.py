@@ -5,9 +5,8 @@ loss, and answers as if it saw no image. Only training images are looked at: oth
 """
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from toolkit import InputError, attributes
 from toolkit.answers.tasks import Answers, Task
@@ -34,15 +33,13 @@ class Collapsed(InputError):
         self.results = results
 
 
-@dataclass(frozen=True)
-class Keep:
+class Keep(NamedTuple):
     """The epoch stays. With `start` the weights before training are saved, which answer the guard's images better."""
 
     start: bool = False
 
 
-@dataclass(frozen=True)
-class GoBack:
+class GoBack(NamedTuple):
     """The run goes back to its last good state, and on at a lower rate."""
 
     why: str
