@@ -799,11 +799,10 @@ def main(argv: Sequence[str] | None = None) -> Any:
     args = read_options(argv, __doc__)
     if args.command not in ON_IMAGES and not distributed.is_main():
         return None  # several processes share images alone
-    run = globals()[args.command]
     writes = distributed.is_main() and "output" in args and commands.files_written(args)
     try:
         with commands.writing(args) if writes else contextlib.nullcontext():
-            return run(args)
+            return globals()[args.command](args)
     except InputError as error:
         raise InputError(error.problem) from None  # the advice is for training
 

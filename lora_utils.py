@@ -266,9 +266,8 @@ class LoRAManager:
             now = base_digests(self.model)
             if self.record.base_digests is None:
                 self.record.base_digests = now
-            start = self.record.base_digests
-            changed = dict(now.items() - start.items())
-            if layers and start and changed:
+            changed = dict(now.items() - (self.record.base_digests or now).items())
+            if layers and changed:
                 remedy = "save the adapter, load the checkpoint again, and then the saved file with a name"
                 raise InputError(f"the base has trained with the adapter in use ({listed(sorted(changed))}): {remedy}")
             self.record.adapters.begin(self.model)
