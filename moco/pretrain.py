@@ -161,7 +161,7 @@ class Pretraining(run_state.RunState):
         transform = transforms.eval_transform(args.image_size, **values)
         measured = [images.at_most(MEASURED_IMAGES)]
         if labelled:
-            measured = [part.at_most(most) for part, most in zip(labelled, (KNN_BANK, KNN_QUERIES), strict=True)]
+            measured = [labelled[0].at_most(KNN_BANK), labelled[1].at_most(KNN_QUERIES)]
         if distributed.world_size() > min(map(len, measured)):
             raise InputError("the k-NN accuracy has fewer images than there are processes: start fewer")
         loading["keep_workers"] = False  # they would idle for many epochs
