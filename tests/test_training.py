@@ -1,26 +1,237 @@
-"""toolkit/run/training.py: randomness, device, precision, schedule, features, k-NN accuracy, evaluation."""
+"""Single steps of fine-tuning, what a run starts from, and toolkit/run/training.py."""
 
+import copy
 import math
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 
-from finetune_lora import LoRALinear, build_model
+from finetune_lora import FineTuning, LoRALinear, build_model
+from lora import initialization
+from lora.initialization import adapter_pairs, start_at_gradient
+from tests.conftest import LEAST_STEPS
 from tests.dense import assert_unchanged, resnet, snapshot, vit
+from tests.run_folders import train_on
 from toolkit import InputError, devices
-from toolkit.answers import evaluation
+from toolkit.answers import evaluation, tasks
 from toolkit.answers.classification import Classification
+from toolkit.answers.evaluation import worst_batch_loss
 from toolkit.devices import CPU, faster_dtype
-from toolkit.images.data import LabelledImages
+from toolkit.images.data import LabelledImages, Transformed, build_loader
+from toolkit.models.backbones import headless
 from toolkit.models.norms import freeze_statistics
-from toolkit.run import optim, training
+from toolkit.run import loaders, optim, training
 from toolkit.run.options import read_options
+from toolkit.run.training import MicroBatches
+
+
+def gradients(run: FineTuning, sizes: list[int]) -> tuple[tuple[float, int], dict[str, torch.Tensor]]:
+    """Loss, right answers and gradients of a step on the first training images, in batches of these sizes."""
+    images, labels = default_collate([run.loaders.train.dataset[i * 5 % 21] for i in range(sum(sizes))])
+    batches = zip(images.split(sizes), labels.split(sizes), strict=True)
+    figures = train_on(run, MicroBatches(batches, len(sizes), sum(sizes), True))
+    return figures, {name: p.grad for name, p in run.model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("options", ["", "--label-smoothing 0.2 --clip-grad-norm 0.01"])
+def test_accumulated_batches_are_one_big_batch(start, options):
+    # Of unequal sizes too: the last batch of an epoch is smaller, and its images count like any others.
+    runs = [start(options), start(options)]
+    for run in runs:  # else B is zero and A gets no gradient
+        gradients(run, [5])
+    (loss, right), whole = gradients(runs[0], [12])
+    (loss_parts, right_parts), parts = gradients(runs[1], [5, 5, 2])
+    assert right == right_parts
+    assert loss == pytest.approx(loss_parts, rel=1e-5)
+    assert any("lora_A" in name for name in whole)
+    torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-6)
+
+
+def test_a_step_is_adamw_on_the_dense_gradient_of_the_smoothed_loss(start):
+    run = start("--lora-rank 0 --label-smoothing 0.3 --weight-decay 0.1 --warmup-epochs 0")
+    images, labels = default_collate([run.loaders.train.dataset[i] for i in range(6)])
+    head = run.model.heads.head
+    torch.nn.init.normal_(head.weight)
+    torch.nn.init.normal_(head.bias)
+    other = copy.deepcopy(head)
+    features = headless(run.model)(images).detach()
+    log_p = F.log_softmax(other(features), dim=1)
+    expected = -(0.7 * log_p.gather(1, labels[:, None]).mean() + 0.3 * log_p.mean())
+    groups = [{"params": other.weight, "weight_decay": 0.1}, {"params": other.bias, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2)
+    expected.backward()
+    optimizer.step()
+    loss, right = train_on(run, MicroBatches(iter([(images, labels)]), 1, 6, True))
+    assert loss == pytest.approx(F.nll_loss(log_p, labels, reduction="sum").item(), rel=1e-5)
+    assert right == (log_p.argmax(1) == labels).sum()
+    for ours, theirs in zip(head.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_clipping_is_of_gradients_whose_scale_is_taken_out(start):
+    """Else float16's scale, here 1,024, would make each step as much smaller."""
+    run = start("--clip-grad-norm 0.01")
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    run.optimizer = torch.optim.SGD(run.model.parameters(), lr=1.0)
+    before = torch.nn.utils.parameters_to_vector(run.model.parameters())
+    train_on(run, next(run.loaders.steps(1)))
+    change = torch.nn.utils.parameters_to_vector(run.model.parameters()) - before
+    assert change.norm().item() == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.filterwarnings("error")  # as PyTorch's, that the schedule went on without a step
+def test_a_step_that_float16_cannot_hold_changes_no_weight_and_its_scale_comes_back_with_the_state(start):
+    """To ask whether it was one would make the processor wait for a GPU: so the schedule goes on."""
+    run = start()
+    run.dtype = torch.float16
+    run.begin_training(run.optimizer, 3, 0)
+    run.dtype = torch.float32
+    before = snapshot(run.model)
+    state = run.trained()
+    overflow = run.optimizer.param_groups[0]["params"][0].register_hook(lambda gradient: gradient * math.inf)
+    train_on(run, next(run.loaders.steps(1)))
+    assert_unchanged(before, run.model)
+    assert run.scaler.get_scale() == 2.0**15  # half of the first
+    overflow.remove()
+    train_on(run, next(run.loaders.steps(1)))
+    assert not torch.equal(run.model.heads.head.weight, before["heads.head.weight"])
+    run.restore(state)
+    assert run.scaler.get_scale() == 2.0**16
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_the_first_gradient_is_of_the_same_images_however_they_are_batched(start, spy, monkeypatch, accumulated):
+    monkeypatch.setattr(initialization, "GRADIENT_IMAGES", 8)
+    run = start(f"--batch-size 4 --accumulation-steps {accumulated}")
+    loss = spy(run.task, "loss")
+    run._first_backward()
+    assert sum(len(labels) for (_, labels), _ in loss.call_args_list) == 8
+
+
+def test_an_epoch_sees_every_image_once_in_a_new_order_in_training_mode(start, monkeypatch):
+    run = start("--batch-size 8 --accumulation-steps 2 --learning-rate 1e-5 --epochs 2 --head-init random")
+    run.model.eval()
+    seen = []
+    real_steps = run.loaders.steps
+
+    def steps(epoch: int, first: int):
+        assert run.model.training
+        for step in real_steps(epoch, first):
+            batches = list(step.batches)
+            _, labels = zip(*batches, strict=True)
+            sizes = list(map(len, labels))
+            assert (step.number, step.images) == (len(batches), sum(sizes))
+            seen.append((sizes, torch.cat(labels)))
+            yield step._replace(batches=iter(batches))
+
+    monkeypatch.setattr(run.loaders, "steps", steps)
+    train_on(run)
+    sizes, labels = zip(*seen, strict=True)
+    assert sizes == ([8, 8], [5], [8, 8], [5])
+    assert run.schedule.last_epoch == 4 and run.schedule.get_last_lr() == [0, 0, 0]  # the end of the cosine
+    first = torch.cat(labels[:2])
+    assert first.bincount().tolist() == [7, 7, 7] and not torch.equal(first, torch.cat(labels[2:]))
+
+
+def test_accumulated_batches_are_read_one_at_a_time(start, monkeypatch):
+    run = start("--batch-size 3 --accumulation-steps 7 --epochs 1 --head-init random")
+    events = []
+    run.model.register_forward_hook(lambda *_: events.append("forward"))
+    read = Transformed.__getitem__
+    monkeypatch.setattr(Transformed, "__getitem__", lambda self, i: events.append("read") or read(self, i))
+    train_on(run)
+    assert events[:8] == ["read", "read", "read", "forward"] * 2
+
+
+@pytest.mark.parametrize("labels, batch, parts, steps", [(5, 8, 1, 12), (5, 2, 2, 12), (5, 1, 1, 15), (1, 8, 1, 12)])
+def test_an_epoch_of_few_images_has_twelve_steps(start, monkeypatch, labels, batch, parts, steps):
+    monkeypatch.setattr(loaders, "LEAST_STEPS", LEAST_STEPS)
+    run = start(f"--labels-per-class {labels} --batch-size {batch} --accumulation-steps {parts}")
+    assert run.steps_per_epoch == len(list(run.loaders.steps(1))) == steps
+    assert loaders.steps_of_epoch(run.args, run.splits) == steps
+
+
+def test_a_last_batch_of_one_image_is_left_to_another_epoch_where_batch_norm_trains(start, saved, narrow):
+    """A ResNet at 32 pixels ends in maps of 1x1."""
+    options = f"--checkpoint {saved(narrow)} --image-size 32 --lora-rank 0 --no-freeze-backbone"
+    run = start(f"{options} --labels-per-class 3 --batch-size 4")
+    assert [step.images for step in run.loaders.steps(1)] == [4, 4]  # of nine
+    with pytest.raises(InputError, match=r"BatchNorm that trains needs 2 images or more.*raise --batch-size"):
+        start(f"{options} --batch-size 1")
+
+
+def test_a_head_starts_on_the_statistics_that_training_will_see(start, saved, narrow, spy):
+    """With a file's own it would not fit what BatchNorm gives it in training; k-NN before is as the file has them."""
+    resnet = f"--checkpoint {saved(narrow)} --image-size 32 --lora-rank 0 --batch-size 7"
+    trains = start(f"{resnet} --norms train")
+    patients = torch.arange(21) // 2
+    trains.loaders.probe_images.clusters = lambda: patients
+    start_head = spy(tasks, "start_head")
+    trains.start()
+    assert [call.args[4] is patients for call in start_head.call_args_list] == [True, True]
+    pixels, _ = default_collate(list(trains.loaders.train.dataset))
+    maps = trains.model.conv1(pixels).detach()
+    torch.testing.assert_close(trains.model.bn1.running_mean, maps.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    frozen = start(resnet)
+    frozen.start()
+    assert torch.equal(frozen.model.bn1.running_mean, narrow["bn1.running_mean"])
+    assert trains.baseline["knn"] == frozen.baseline["knn"]
+    how = (CPU, torch.float32, trains.task.plain_loss)
+    assert trains.guard.first_loss == worst_batch_loss(trains.network, trains.loaders.watched, *how)
+    assert frozen.guard.first_loss is None  # the first step tells it
+
+
+def test_the_rates_of_each_group(start):
+    optimizer = start("--warmup-epochs 0 --norms train").optimizer
+    groups = []
+    for group in optimizer.param_groups:
+        groups.append((group["lr"], group["weight_decay"], {parameter.dim() for parameter in group["params"]}))
+    # Biases and norms, the head's weight, adapters
+    assert sorted(groups) == [(0.01, 0.0, {1}), (0.01, 0.01, {2}), (0.24, 0.01, {2})]
+    assert optimizer.defaults["fused"]
+    assert start("--lora-init random --warmup-epochs 0").optimizer.param_groups[0]["lr"] == 0.01
+
+
+@pytest.mark.parametrize("options", ["", "--use-qlora", "--lora-dropout 0.5 --norms train"])
+def test_adapters_start_at_the_gradient_that_the_first_images_have(start, options):
+    """With the head as it then is, and without dropout. What is still in `.grad` would be added to the first step's."""
+    run = start(options)
+    reference = start(options)
+    run.start()
+    head = {name: p for name, p in run.model.state_dict().items() if "lora_" not in name}
+    reference.model.load_state_dict(head, strict=False)
+
+    def backward():
+        for images, labels in build_loader(run.loaders.train.dataset, batch_size=32):  # all 21, in another order
+            F.cross_entropy(reference.model(images), labels, reduction="sum").backward()
+
+    reference.model.eval()
+    start_at_gradient(reference.model, backward)
+    for (A, B), (expected, _) in zip(adapter_pairs(run.model), adapter_pairs(reference.model), strict=True):
+        cosines = torch.linalg.svdvals(A.detach() @ expected.detach().T) * 3  # of the two spaces
+        assert cosines[0] > 0.999 and cosines.mean() > 0.9
+        assert not B.any() and A.grad is None
+    assert run.model.training
+
+
+@pytest.mark.parametrize(("options", "probe"), [("--lora-init random", 1.0), ("--head-init random", None)])
+def test_adapters_start_at_random_where_there_is_no_gradient_to_go_by(start, options, probe):
+    run = start(options)
+    before = snapshot(run.model)
+    run.start()
+    assert run.baseline == {"probe": probe, "knn": 1.0}
+    assert_unchanged(before, run.model, [name for name in before if "lora_" in name])
+
+
+# ------------------------------------------------------------------- toolkit/run/training.py, and what it computes with
 
 
 def test_each_process_needs_an_image(monkeypatch):
