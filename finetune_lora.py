@@ -38,7 +38,8 @@ from lora import adapted, adapter_file, adapter_set, attention, backends, functi
 from lora.adapted import ADAPTED, NO_ADAPTER, LoRASettings, is_adapted, recorded_in_4_bits, recorded_settings
 from lora.followed_norms import AdapterStatistics, folded_norm, follow_statistics, followers, own_statistics, settle
 from lora.fusion import fuse, set_gradient_checkpointing
-from lora.nf4 import NF4Weight, dense_weight
+from lora.nf4 import NF4Weight
+from lora.weights import Weight
 from lora_utils import LoRAManager, base_digests, count_parameters, full_rank, read_adapter_file, trained_state
 from toolkit import SHIPPED as DEFAULT_CHECKPOINT  # noqa: F401
 from toolkit import InputError, attributes, choices, config, devices, distributed, dotted, listed, printable, same_file
@@ -82,6 +83,7 @@ class LoRALayer:
 
     def __init__(self, *args, r=8, lora_alpha=16, lora_dropout=0.0, use_rslora=False, **kwargs):
         super().__init__(*args, **kwargs)
+        self.stock_class = next(kind for kind in type(self).__mro__ if not issubclass(kind, LoRALayer))
         self._init_adapters(LoRASettings(r, lora_alpha, lora_dropout, use_rslora))
 
     @classmethod
@@ -154,14 +156,14 @@ class LoRALayer:
         """The attributes, without parameters, that the layer it adapts does not have."""
         return {name: vars(self)[name] for name in self._STATE if name in vars(self)}
 
-    def base(self) -> Tensor | NF4Weight | int8.Int8Weight:
+    def base(self) -> Weight:
         """The weight without the adapter, merged or not."""
         stored = self._base_data if self.merged else self._parameters[self.weight_name]
         if self.base_bits == 4:
             return NF4Weight(stored, self._nf4_state, self._packed_shape)
         if self.base_bits == 8:
             return int8.Int8Weight.unpacked(stored, self._packed_shape)
-        return stored
+        return Weight(stored)
 
     def _factors(self, letter: str, parts: slice = slice(None)) -> Tensor:
         """A or B of some parts of the weight, one below the other."""
@@ -170,13 +172,12 @@ class LoRALayer:
     def effective_weight(self) -> Tensor:
         """The dense weight that a merge puts in place: in the base's dtype, or float32 if that has fewer bits."""
         base = self.base()
-        if self.base_bits < 32:
-            base = dense_weight(base, torch.float32)
+        dtype = base.dtype if self.base_bits == 32 else torch.float32
         if self.r == 0:
-            return base
+            return base.dense(dtype)
         B = self._factors("B")
-        dense = base.to(B.dtype)  # a small update would vanish if it were added in bfloat16
-        return functional.effective_weight(dense, self._factors("A"), B, self.scaling, len(self.parts)).to(base.dtype)
+        dense = base.dense(B.dtype, copy=True)  # a small update would vanish if it were added in bfloat16
+        return functional.effective_weight(dense, self._factors("A"), B, self.scaling, len(self.parts)).to(dtype)
 
     @property
     def merged(self) -> bool:
@@ -207,12 +208,14 @@ class LoRALayer:
     def _is_active(self) -> bool:
         return self.lora_enabled and not self.merged and self.r > 0
 
-    def _weight_without_adapter(self, x: Tensor) -> Tensor:
+    def _weight_without_adapter(self, x: Tensor) -> Weight:
         """The weight, for a product with x, of a layer whose adapter is merged, switched off or of rank 0."""
-        weight = self._parameters[self.weight_name] if self.merged and self.lora_enabled else self.base()
-        if self.base_bits == 32 or isinstance(weight, int8.Int8Weight):
-            return weight
-        return dense_weight(weight, functional.compute_dtype(x))
+        weight = self.base()
+        if self.merged and self.lora_enabled:
+            weight = Weight(self._parameters[self.weight_name])
+        if self.base_bits < 32 and weight.multiplies_dense:
+            weight = Weight(weight.dense(functional.compute_dtype(x)))
+        return weight
 
     @property
     def _drops(self) -> bool:
@@ -250,17 +253,16 @@ class LoRALayer:
             errors.append(f"{name} is merged: call unmerge_lora_weights() before load_state_dict()")
             return
         rounded = self.base_bits < 32 and name in state_dict
-        before = dense_weight(self.base(), torch.float32) if rounded else None
+        before = self.base().dense(torch.float32) if rounded else None
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         if self.base_bits == 4:
             self._load_nf4_state(state_dict, name, strict, missing, unexpected)
-        if not rounded:
-            return
-        now = dense_weight(self.base(), torch.float32)
         # Digests and constants change in place, since adapters that share the base share them.
-        if not torch.equal(now, before):  # one that changes is no longer its former base
-            loaded = state_dict[name]  # in 4 bits its bytes alone do not determine the values
-            self.float_digests[self.weight_name] = tensor_digest(loaded if loaded.is_floating_point() else now)
+        if rounded and not torch.equal(self.base().dense(torch.float32), before):  # it is no longer its former base
+            loaded = state_dict[name]
+            if not loaded.is_floating_point():  # in 4 bits its bytes alone do not determine the values
+                loaded = self.base().dense(torch.float32)
+            self.float_digests[self.weight_name] = tensor_digest(loaded)
 
     def _load_nf4_state(self, state_dict, name, strict, missing, unexpected) -> None:
         state = self._nf4_state
@@ -277,16 +279,15 @@ class LoRALayer:
 class LoRALinear(LoRALayer, nn.Linear):
     """A linear layer with an adapter. x: (..., in_features) -> (..., out_features)."""
 
-    def forward(self, x: Tensor, prologue: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    def forward(self, x: Tensor, prologue: Callable | None = None, summands: Sequence[Tensor] = ()) -> Tensor:
         """``x (W + s B A)^T + b`` or ``x W^T + b + s (x A^T) B^T``, whichever is faster, of ``prologue(x)``."""
         if prologue is not None and (self._drops or not self._is_active):  # dropout needs the output of `prologue`
             x = prologue(x)
             prologue = None
         if not self._is_active:
             return functional.frozen_linear(x, self._weight_without_adapter(x), self.bias)
-        W = self.base()
-        adapter_x = self._adapter_input(x)
-        return functional.lora_linear(x, W, self.lora_A, self.lora_B, self.bias, self.scaling, 1, adapter_x, prologue)
+        how = (self.scaling, 1, self._adapter_input(x), prologue, summands)
+        return functional.lora_linear(x, self.base(), self.lora_A, self.lora_B, self.bias, *how)
 
 
 class LoRAConv2d(LoRALayer, nn.Conv2d):
@@ -305,7 +306,7 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
         if x.dim() == 3:
             return self.forward(x[None], batch_norm, None if residual is None else residual[None], relu)[0]
         if not self._is_active and (batch_norm is None or torch.is_grad_enabled()):
-            y = self._conv_forward(x, self._weight_without_adapter(x), self.bias)
+            y = self._conv_forward(x, self._weight_without_adapter(x).tensor, self.bias)
             if batch_norm is not None:
                 y = batch_norm(y)
             return backends.added_and_rectified(y, residual, relu)

@@ -71,7 +71,7 @@ def _stock_tensors(model: nn.Module, of_head: bool = False) -> Iterator[tuple[st
             if is_adapted(module):
                 known = module.float_digests.get(name)
                 if known is None and module.merged and name == module.weight_name:
-                    tensor = module.base()
+                    tensor = module.base().tensor
             yield dotted(prefix, name), statistics.get(tensor, tensor), known
 
 

@@ -206,7 +206,7 @@ def build(method: str, rate: float, model: nn.Module, head_rate: float, _: float
     """An optimizer of this method, with the adapters at this rate, in place of `optim.build_optimizer`."""
     pairs = []
     for layer in adapted_layers(model).values():
-        weights = layer.base().chunk(len(layer.parts))
+        weights = layer.base().tensor.chunk(len(layer.parts))
         for part, weight in zip(layer.parts, weights, strict=True):
             factors = layer.get_parameter(f"lora_A{part}"), layer.get_parameter(f"lora_B{part}")
             if factors[0].requires_grad:

@@ -84,11 +84,6 @@ def kind_for(kind: type[nn.Module], in_4_bits: bool) -> type[nn.Module]:
     return over_4_bits if in_4_bits else over_floats
 
 
-def stock_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """The stock class that a class of adapted layers adapts; any other class itself."""
-    return next((stock for stock, kinds in ADAPTED.items() if issubclass(kind, kinds)), kind)
-
-
 def matches_layer(name: str, target: str) -> bool:
     """Is the target this layer's name, a part of it between dots (a suffix, a containing module), or a regex for it?"""
     try:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lora.adapted import ADAPTED, adapted_layers, is_adapted, recorded_settings, stock_class
+from lora.adapted import ADAPTED, adapted_layers, is_adapted, kind_for, recorded_in_4_bits, recorded_settings
 from lora.followed_norms import statistics_in_file
 from toolkit import InputError
 from toolkit.models.backbones import head_names, in_head
@@ -48,7 +48,7 @@ class LayerState(NamedTuple):
             attributes = {**self.attributes, "lora_enabled": False}
             attributes.pop("followed", None)  # the statistics of a BatchNorm go with the adapter
             return LayerState(self.kind, attributes, parameters)
-        return LayerState(self.attributes.get("stock_class", stock_class(self.kind)), {}, parameters)
+        return LayerState(self.attributes.get("stock_class", self.kind), {}, parameters)
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
@@ -139,14 +139,13 @@ class AdapterSet:
                     own = {n: p for n, p in modules[path]._parameters.items() if n != state.kind.weight_name}
                     state._replace(parameters=state.parameters | own).apply_to(modules[path])
         problems = [f"{path} is adapted in the file but not here" for path in records if path not in modules]
-        kinds = {kind.__name__: kind for kinds in ADAPTED.values() for kind in kinds}
         for path, layer in modules.items():  # in the model's order: attention comes before its output projection
             if path not in records:
                 continue
             record = records[path]
-            kind = kinds.get(record["kind"])
+            kind = kind_for(type(layer), recorded_in_4_bits(record))
             ranks = {tensor.shape[:1] for name, tensor in tensors.items() if name.startswith(f"{path}.lora_A")}
-            if kind is None or type(layer) not in (kind, stock_class(kind)):
+            if kind.__name__ != record["kind"] or not hasattr(kind, "adapt"):
                 problems.append(f"{path} has kind {record['kind']} in the file, {type(layer).__name__} here")
             elif ranks != {(record["r"],)}:  # checked before memory is allocated for this rank
                 problems.append(f"{path} has r {record['r']} in the file, and tensors of another rank")

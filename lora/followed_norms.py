@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from lora import adapted, functional, fusion, nf4
+from lora import adapted, functional, fusion
 from toolkit import InputError, dotted, temporarily
 from toolkit.answers.evaluation import eval_mode
 from toolkit.models.norms import FreezableBatchNorm2d, constant_scale_and_shift, unextended
@@ -94,7 +94,7 @@ class FollowedNorm(AdapterStatistics):
         super().__init__(norm, own.mean, own.variance)
         self.centre = patches.mean(0)
         self.inputs = principal_components(patches - self.centre, COMPONENTS)  # (k, fan_in): C = inputs^T inputs
-        outputs = self.inputs @ nf4.dense_weight(conv.base(), patches.dtype).flatten(1).T  # (k, out)
+        outputs = self.inputs @ conv.base().dense(patches.dtype).flatten(1).T  # (k, out)
         self.doubled = 2 * outputs
         self.spread = (outputs.square().sum(0) + SHARE_ADDED * self.variance).clamp_min(LEAST_SPREAD)  # v(W), (out,)
 

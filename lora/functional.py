@@ -24,54 +24,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora import backends, nf4
+from lora import backends
 from lora.backends import LOW_PRECISION, compute_dtype
-from lora.int8 import Int8Weight, multiplies_exactly
+from lora.weights import Weight
 
-Weight = Tensor | nf4.NF4Weight | Int8Weight  # of floats, or frozen in 4 or 8 bits
 MOST_PARTS = 8  # at most, in which a CPU computes the gradient through a recomputed LayerNorm
 PART_NUMEL = 2**17  # numbers in each, or more
 
 
-def _is_trainable(weight: Weight) -> bool:
-    return isinstance(weight, Tensor) and weight.requires_grad and torch.is_grad_enabled()
-
-
-def _merge_pays(W: Tensor | Int8Weight, output_numel: int) -> bool:
+def _merge_pays(weight: Weight, dtype: torch.dtype, output_numel: int) -> bool:
     """Merged or side path? In full precision what passes over fewer elements; else the latter: rounding costs more."""
-    if isinstance(W, Int8Weight) or W.dtype in LOW_PRECISION:
+    if not weight.multiplies_dense or dtype in LOW_PRECISION:
         return False
     any_number = isinstance(output_numel, torch.SymInt)  # as torch.export has it where the batch may be of any size
-    return any_number or W.numel() <= output_numel
+    return any_number or math.prod(weight.shape) <= output_numel
 
 
-def frozen_linear(x: Tensor, W: Tensor | Int8Weight, bias: Tensor | None = None) -> Tensor:
-    """``x W^T + b`` of a stock layer that does not train, by the fastest product where no gradient is needed."""
-    if isinstance(W, Int8Weight):  # an adapter of rank 0
-        return lora_linear(x, W, x.new_empty(0, x.shape[-1]), x.new_empty(W.shape[0], 0), bias)
-    needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, W, bias))
+def frozen_linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    """``x W^T + b`` of a layer that does not train, by the fastest product where no gradient is needed."""
+    if not weight.multiplies_dense:  # an adapter of rank 0
+        return lora_linear(x, weight, x.new_empty(0, x.shape[-1]), x.new_empty(weight.shape[0], 0), bias)
+    needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
     if needs_gradient or compute_dtype(x) != x.dtype or x.dim() == 1:
-        return F.linear(x, W, bias)
-    return backends.linear(x.flatten(0, -2), W, bias).view(*x.shape[:-1], W.shape[0])
+        return F.linear(x, weight.tensor, bias)
+    return backends.linear(x.flatten(0, -2), weight.tensor, bias).view(*x.shape[:-1], weight.shape[0])
 
 
-def effective_weight(W: Tensor, A: Tensor, B: Tensor, scaling: float, groups: int = 1, in_place=False) -> Tensor:
-    """``W + s B A`` of a weight (out, in), or of a kernel in its memory format. B: (out, r), A: (groups r, fan_in)."""
+def effective_weight(W: Tensor, A: Tensor, B: Tensor, scaling: float, groups: int = 1) -> Tensor:
+    """``W + s B A``, which may take the memory of W: (out, in), or a kernel. B: (out, r), A: (groups r, fan_in)."""
     if not W.is_contiguous() and W.is_contiguous(memory_format=torch.channels_last):
         # Permute the small factor too, so that the product comes out in the kernel's own order.
         A = A.view(len(A), *W.shape[1:]).permute(0, 2, 3, 1).flatten(1)
-        return effective_weight(W.permute(0, 2, 3, 1), A, B, scaling, groups, in_place).permute(0, 3, 1, 2)
+        return effective_weight(W.permute(0, 2, 3, 1), A, B, scaling, groups).permute(0, 3, 1, 2)
     matrices, A, B = (t.flatten(1).unflatten(0, (groups, -1)) for t in (W, A, B))
-    if not in_place:  # else it may take the memory of the weight, a temporary
-        matrices = matrices.clone()
     return matrices.baddbmm_(B, A, alpha=scaling).reshape(W.shape)  # in place: autocast would round others' operands
-
-
-def _operand(weight: Weight, dtype: torch.dtype) -> Tensor | Int8Weight:
-    """The weight as products take it: in 8 bits as it is where they are exact, else dense in ``dtype``."""
-    if isinstance(weight, Int8Weight) and multiplies_exactly(weight.codes.device.type, weight.shape[1]):
-        return weight
-    return nf4.dense_weight(weight, dtype)
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -106,14 +92,10 @@ def stacked(parts: Sequence[Tensor]) -> Tensor:
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, adapter_x, A, B, bias, constants):
-        weight, scaling, groups, prologue, dtype = constants  # one argument, since each takes time
+        *ctx.constants, summands = constants  # one argument, since each takes time
+        weight, scaling, groups, prologue, dtype = ctx.constants
         ctx.shape = x.shape
         ctx.drops = adapter_x is not None
-        summands = [x]  # of what the prologue reads or, without one, the adapter
-        if isinstance(prologue, RecomputedNorm):
-            summands = [prologue.left.detach(), prologue.right.detach()]
-            prologue = prologue.norm
-        ctx.constants = (weight, scaling, groups, prologue, dtype)
         rows = _rows(_evaluate(prologue, x)[0], dtype)
         adapter_rows = _rows(adapter_x, dtype) if ctx.drops else rows
         A = A.to(dtype)
@@ -122,18 +104,18 @@ class _LoRALinear(torch.autograd.Function):
             bias = bias.to(dtype)
 
         h = None
-        W = _operand(weight, dtype)
-        if not ctx.drops and _merge_pays(W, rows.shape[0] * weight.shape[0]):
-            merged = effective_weight(W, A, B, scaling, groups, in_place=W is not weight)  # W + s B A
+        if not ctx.drops and _merge_pays(weight, dtype, rows.shape[0] * weight.shape[0]):
+            merged = effective_weight(weight.dense(dtype, copy=True), A, B, scaling, groups)  # W + s B A
             y = backends.linear(rows, merged, bias)  # x (W + s B A)^T + b
         else:
             h = backends.linear(adapter_rows, A)  # x A^T: (N, in) -> (N, groups r)
-            y = W.times(rows, bias) if isinstance(W, Int8Weight) else backends.linear(rows, W, bias)
+            y = weight.times(rows, bias)
             _add_update_(y, h, B, scaling, groups)  # x W^T + b + s (x A^T) B^T
 
+        read = [t.detach() for t in summands] or [x]  # by the prologue or, without one, by the adapter
         if prologue is None:
-            summands = [adapter_rows.view(x.shape)]
-        ctx.save_for_backward(A, B, h, *summands)  # h is thin
+            read = [adapter_rows.view(x.shape)]
+        ctx.save_for_backward(A, B, h, *read)  # h is thin
         return backends.unsafe_view(y, [*x.shape[:-1], y.shape[1]])  # no view: nn.ReLU(inplace=True) may modify it
 
     @staticmethod
@@ -150,12 +132,11 @@ class _LoRALinear(torch.autograd.Function):
         del adapter_rows  # of the output's size or more, and no longer needed
         gx = g_adapter_x = g_bias = None
         if need_x:
-            W = _operand(weight, dtype)
-            if not ctx.drops and _merge_pays(W, gy.shape[0] * weight.shape[1]):
-                merged = effective_weight(W, A, B, scaling, groups, in_place=W is not weight)
+            if not ctx.drops and _merge_pays(weight, dtype, gy.shape[0] * weight.shape[1]):
+                merged = effective_weight(weight.dense(dtype, copy=True), A, B, scaling, groups)
                 gx = backends.linear(gy, merged.T)  # gy (W + s B A)
             else:
-                gx = W.back(gy) if isinstance(W, Int8Weight) else backends.linear(gy, W.T)  # gy W
+                gx = weight.back(gy)  # gy W
                 if not ctx.drops:  # else the adapter's share reaches x through the dropout
                     gx.addmm_(gh, A)  # + (s gy B) A
             gx = _pull_back(prologue, gx, x, statistics).view(ctx.shape)
@@ -166,21 +147,7 @@ class _LoRALinear(torch.autograd.Function):
         return gx, g_adapter_x, gA, gB, g_bias, None
 
 
-class RecomputedNorm(NamedTuple):
-    """A LayerNorm as a `prologue` whose input, ``left + right``, backward adds again: others save both anyway."""
-
-    norm: nn.LayerNorm
-    left: Tensor
-    right: Tensor
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.norm(x)
-
-
-Prologue = nn.LayerNorm | nn.GELU
-
-
-def _evaluate(prologue: Prologue | None, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+def _evaluate(prologue: nn.LayerNorm | nn.GELU | None, x: Tensor) -> tuple[Tensor, list[Tensor]]:
     """``prologue(x)`` and what its derivative needs besides x: for a LayerNorm each row's mean and 1 / deviation."""
     if prologue is None:
         return x, []
@@ -192,7 +159,7 @@ def _evaluate(prologue: Prologue | None, x: Tensor) -> tuple[Tensor, list[Tensor
     return y, statistics
 
 
-def _pull_back(prologue: Prologue | None, gradient: Tensor, x: Tensor, statistics: list[Tensor]) -> Tensor:
+def _pull_back(prologue: nn.Module | None, gradient: Tensor, x: Tensor, statistics: list[Tensor]) -> Tensor:
     """The gradient of x from the one of ``prologue(x)``, (N, in), in the same memory if it fits."""
     if prologue is None:
         return gradient
@@ -219,23 +186,24 @@ def lora_linear(
     scaling: float = 1.0,
     groups: int = 1,  # how many layers on the same input the weight holds, one below the other
     adapter_x: Tensor | None = None,  # what the adapter sees in place of x: x after dropout
-    prologue: Prologue | RecomputedNorm | None = None,  # applied to x first; recomputed, not saved; excludes adapter_x
+    prologue: nn.LayerNorm | nn.GELU | None = None,  # applied to x first; recomputed, not saved; excludes adapter_x
+    summands: Sequence[Tensor] = (),  # of x, from which backward adds it again: if others save both anyway
 ) -> Tensor:
     """``x (W + s B A)^T + b`` with exact gradients for x, A, B, b, and for W if it is not frozen, which is slower."""
     dtype = compute_dtype(x)
-    trains = _is_trainable(weight)
+    trains = weight.requires_grad and torch.is_grad_enabled()
     # The compiler decides by itself what to recompute, pointwise operations first; it cannot trace how it is done here.
     if prologue is not None and (trains or backends.is_traced()):
         x = prologue(x)
         prologue = None
     if not trains:
         backends.refuse_jit()
-        return _LoRALinear.apply(x, adapter_x, A, B, bias, (weight, scaling, groups, prologue, dtype))
+        return _LoRALinear.apply(x, adapter_x, A, B, bias, (weight, scaling, groups, prologue, dtype, summands))
     if adapter_x is None:
         adapter_x = x
     h = F.linear(adapter_x.to(dtype), A.to(dtype)).unflatten(-1, (groups, -1))  # (..., groups, r)
     B = B.to(dtype).unflatten(0, (groups, -1))
-    return F.linear(x, weight, bias) + scaling * torch.einsum("...gr,gor->...go", h, B).flatten(-2)  # (..., out)
+    return F.linear(x, weight.tensor, bias) + scaling * torch.einsum("...gr,gor->...go", h, B).flatten(-2)
 
 
 # ----------------------------------------------------------------------------------------------------- convolution
@@ -340,28 +308,25 @@ class _LoRAConv2d(torch.autograd.Function):
         return gx, g_adapter_x, gA, gB * ctx.factors, g_bias, g_residual, None, g_log_scale, None
 
 
-def _kernel_merges(weight: Tensor | nf4.NF4Weight, row_scale: Tensor | None, dtype: torch.dtype) -> bool:
+def _kernel_merges(weight: Weight, row_scale: Tensor | None, dtype: torch.dtype) -> bool:
     """May ``g (W + s B A)`` be rounded to ``dtype`` as one? Only if rounding W alone would change W as well."""
     # Small updates then survive on average, as in full fine-tuning; a weight on the grid of 16 bits would swallow them.
-    on_the_grid = isinstance(weight, Tensor) and weight.dtype in LOW_PRECISION and row_scale is None
-    return dtype not in LOW_PRECISION or not on_the_grid
+    return dtype not in LOW_PRECISION or weight.dtype not in LOW_PRECISION or row_scale is not None
 
 
-def scaled_kernel(weight: Tensor | nf4.NF4Weight, row_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """``g W``, rounded once to ``dtype``: W itself if that is the same, else a temporary."""
+def scaled_kernel(weight: Weight, row_scale: Tensor | None, dtype: torch.dtype, copy: bool = False) -> Tensor:
+    """``g W``, rounded once to ``dtype``: W itself if that is the same and need be no copy, else a temporary."""
     if row_scale is None:
-        return nf4.dense_weight(weight, dtype)
+        return weight.dense(dtype, copy)
     precise = torch.promote_types(dtype, torch.float32)
-    if not isinstance(weight, Tensor):
-        weight = weight.dequantize(precise)
-    return (weight * row_scale.to(precise)[:, None, None, None]).to(dtype)  # 16 bits times 32, in one pass
+    return (weight.dense(weight.dtype) * row_scale.to(precise)[:, None, None, None]).to(dtype)  # 16 bits widen in it
 
 
 def _folded_kernel(weight: Weight, A: Tensor, sB: Tensor, row_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """``g W + (s g B) A``, rounded once to ``dtype``; sB is s g B."""
     precise = torch.promote_types(dtype, torch.float32)
-    W = scaled_kernel(weight, row_scale, precise)
-    return effective_weight(W, A.to(precise), sB.to(precise), 1.0, in_place=W is not weight).to(dtype)
+    W = scaled_kernel(weight, row_scale, precise, copy=True)
+    return effective_weight(W, A.to(precise), sB.to(precise), 1.0).to(dtype)
 
 
 def _add_conv_update_(y: Tensor, adapter_x: Tensor, A: Tensor, sB: Tensor, shape: torch.Size, geometry: Geometry):
@@ -420,7 +385,7 @@ def _pointwise_gradient(gh: Tensor, x: Tensor) -> Tensor:
 
 def lora_conv2d(
     x: Tensor,  # (N, in, H, W), in any memory format
-    weight: Tensor | nf4.NF4Weight,  # (out, in / groups, kh, kw)
+    weight: Weight,  # (out, in / groups, kh, kw)
     A: Tensor,  # (r, in / groups * kh * kw)
     B: Tensor,  # (out, r)
     bias: Tensor | None = None,  # (out,), added as it is: g does not scale it
@@ -434,7 +399,7 @@ def lora_conv2d(
 ) -> Tensor:
     """``relu(conv2d(x, g (W + s B A), b) + residual)`` with exact gradients; of W, if it trains, by autograd."""
     dtype = compute_dtype(x)
-    if not _is_trainable(weight):
+    if not weight.requires_grad or not torch.is_grad_enabled():
         backends.refuse_jit()
         constants = (weight, scaling, geometry, relu, dtype)
         return _LoRAConv2d.apply(x, adapter_x, A, B, bias, residual, row_scale, log_scale, constants)
@@ -448,7 +413,7 @@ def lora_conv2d(
     else:
         if adapter_x is None:
             adapter_x = x
-        delta = effective_weight(torch.zeros_like(weight, dtype=A.dtype), A, sB, 1.0, in_place=True).to(dtype)
+        delta = effective_weight(torch.zeros_like(weight.tensor, dtype=A.dtype), A, sB, 1.0).to(dtype)
         y = F.conv2d(x, scaled_kernel(weight, row_scale, weight.dtype), bias, *geometry)
         y = y + F.conv2d(adapter_x.to(dtype), delta, None, *geometry)
     return backends.added_and_rectified(y, residual, relu)

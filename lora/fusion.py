@@ -8,7 +8,7 @@ fused classes, as `torch.nn.utils.parametrize` does: the objects, their children
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,8 @@ from torchvision.ops.misc import Conv2dNormActivation
 
 from lora.adapted import is_adapted, is_plain_attention
 from lora.attention import attend
-from lora.functional import RecomputedNorm, frozen_linear, max_pool2d_relu
+from lora.functional import frozen_linear, max_pool2d_relu
+from lora.weights import Weight
 from toolkit import InputError, devices, temporarily
 from toolkit.models.norms import FOLDING, Extended, Freezable, FreezableBatchNorm2d, extended, is_hooked, unextended
 
@@ -88,15 +89,15 @@ def is_frozen_attention(attention: nn.Module) -> bool:
 def frozen_attention(attention: nn.MultiheadAttention, x: Tensor, tokens: int | None = None) -> Tensor:
     """``attention(x, x, x)`` of a frozen attention: (N, L, E), or its first ``tokens`` tokens. x: (N, L, E)."""
     # The stock forward makes L products, in bf16 on a CPU each with a copy of the weight: 20 times as slow in ViT-B/16.
-    q, k, v = frozen_linear(x, attention.in_proj_weight, attention.in_proj_bias).chunk(3, -1)
+    q, k, v = frozen_linear(x, Weight(attention.in_proj_weight), attention.in_proj_bias).chunk(3, -1)
     attended, _ = attend(q[:, :tokens], k, v, attention)
-    return frozen_linear(attended, attention.out_proj.weight, attention.out_proj.bias)
+    return frozen_linear(attended, Weight(attention.out_proj.weight), attention.out_proj.bias)
 
 
 def apply_layer(layer: nn.Module, x: Tensor) -> Tensor:
     """``layer(x)``; a frozen linear layer takes the fastest product."""
     if type(layer) is nn.Linear and not _trains(layer) and not is_hooked(layer):
-        return frozen_linear(x, layer.weight, layer.bias)
+        return frozen_linear(x, Weight(layer.weight), layer.bias)
     return layer(x)
 
 
@@ -193,10 +194,10 @@ def resnet_from_stage(model: ResNet, x: Tensor, first: int = 0) -> Tensor:
 class FusedMLPBlock(Extended):
     """The MLP of a ViT: linear layer, GELU, dropout, linear layer, dropout. GELU is recomputed in backward."""
 
-    def forward(self, input: Tensor, prologue: nn.Module | None = None) -> Tensor:
+    def forward(self, input: Tensor, prologue: nn.Module | None = None, summands: Sequence[Tensor] = ()) -> Tensor:
         """``mlp(prologue(input))``. The first layer recomputes the prologue, if `recomputes` allows that."""
         linear, *rest = self
-        x = apply_layer(linear, input) if prologue is None else linear(input, prologue=prologue)
+        x = apply_layer(linear, input) if prologue is None else linear(input, prologue, summands)
         if len(rest) > 2:
             gelu, dropout, linear, *after = rest
             if type(dropout) is nn.Dropout and dropout.p == 0 and not is_hooked(dropout) and recomputes(gelu, linear):
@@ -228,10 +229,8 @@ class FusedEncoderBlock(Extended):
         x = attended + residual
         if not isinstance(mlp, FusedMLPBlock) or is_hooked(mlp) or not recomputes(self.ln_2, mlp[0]):
             return x + mlp(self.ln_2(x))
-        prologue = self.ln_2
-        if attended.dtype != x.dtype:
-            prologue = RecomputedNorm(self.ln_2, attended, residual)  # half as wide as the sum, and saved anyway
-        return x + mlp(x, prologue=prologue)
+        summands = (attended, residual) if attended.dtype != x.dtype else ()  # narrower than x, and saved anyway
+        return x + mlp(x, self.ln_2, summands)
 
 
 class FusedVisionTransformer(Extended):

@@ -66,7 +66,7 @@ def start_at_change(model: nn.Module, trained: Mapping[str, Tensor]) -> dict[str
     """
     energies = {}
     for name, layer in adapted_layers(model).items():
-        change = (trained[dotted(name, layer.weight_name)] - layer.base()).flatten(1)  # (out, fan_in)
+        change = (trained[dotted(name, layer.weight_name)] - layer.base().tensor).flatten(1)  # (out, fan_in)
         kept = 0.0
         for part, own in zip(layer.parts, change.chunk(len(layer.parts)), strict=True):  # attention's q, k and v
             A = layer.get_parameter(f"lora_A{part}")

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora import backends
+from lora.weights import Weight
 
 LARGEST = 127  # -128 has no counterpart
 ROUNDED_AT_ONCE = 2**17  # numbers in a block of rows, which when rounding stays in a core's cache
@@ -28,7 +29,7 @@ NO_ROW = 1e-30  # the least that counts as a row's largest number: all rows have
 ALIGNMENT = 64  # of the scales behind the codes, in bytes
 
 
-class Int8Weight:
+class Int8Weight(Weight):
     """A frozen weight as 8-bit codes (out, in), with a float32 scale (out,) for each row."""
 
     def __init__(self, codes: Tensor, scale: Tensor):
@@ -55,19 +56,23 @@ class Int8Weight:
         return torch.cat([codes, self.scale.view(torch.int8)])
 
     def __getitem__(self, rows: slice) -> "Int8Weight":
-        """Some of the weight's rows, not copied."""
         return Int8Weight(self.codes[rows], self.scale[rows])
 
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """A fresh dense tensor of the weight's shape."""
+    @property
+    def multiplies_dense(self) -> bool:
+        return not multiplies_exactly(self.codes.device.type, self.shape[1])
+
+    def dense(self, dtype: torch.dtype, copy: bool = True) -> Tensor:
         return (self.codes * self.scale[:, None]).to(dtype)
 
     def times(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``x W^T + b``, (N, in) -> (N, out), in x's dtype."""
+        if self.multiplies_dense:
+            return super().times(x, bias)
         return _multiplied(x, None, self.codes.T, self.scale, bias)
 
     def back(self, gy: Tensor) -> Tensor:
-        """``gy W``, (N, out) -> (N, in), in gy's dtype."""
+        if self.multiplies_dense:
+            return super().back(gy)
         return _multiplied(gy, self.scale, self.codes, None, None)
 
 

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora import backends
-from toolkit import InputError
+from lora.weights import Weight
+from toolkit import optional_package
 
 
-class NF4Weight:
+class NF4Weight(Weight):
     """A frozen weight in 4.13 bits a value: NF4 blocks of 64 with double quantisation (QLoRA, 2305.14314, section 3).
 
     `packed` and `state`, bitsandbytes' `QuantState`, are of a whole weight of this shape; this is some rows of it.
@@ -25,6 +26,7 @@ class NF4Weight:
         self.state = state
         self._full_shape = tuple(shape)
         self._rows = rows
+        self.shape = torch.Size([len(range(*rows.indices(shape[0]))), *shape[1:]])
 
     @classmethod
     def quantize(cls, weight: Tensor) -> "NF4Weight":
@@ -36,21 +38,18 @@ class NF4Weight:
         packed, state = quantize(blocks, blocksize=cls.BLOCK, quant_type="nf4", compress_statistics=True)
         return cls(packed, state, weight.shape)
 
-    @property
-    def shape(self) -> torch.Size:
-        out, *fan_in = self._full_shape
-        return torch.Size([len(range(*self._rows.indices(out))), *fan_in])
-
     def __getitem__(self, rows: slice) -> "NF4Weight":
         """The same storage seen as some of the whole weight's rows."""
         return NF4Weight(self.packed, self.state, self._full_shape, rows)
 
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
+    def dense(self, dtype: torch.dtype, copy: bool = True) -> Tensor:
         """A fresh dense tensor of the weight's shape."""
         state = self.state
         scales = vars(state).get("flat_scales")  # (blocks,), kept at half a bit a value: they take three operators
         if scales is None or scales.device != self.packed.device:
-            scales = bitsandbytes_functional().dequantize_blockwise(state.absmax, state.state2) + state.offset
+            from bitsandbytes.functional import dequantize_blockwise  # a compiler traces no `optional_package`
+
+            scales = dequantize_blockwise(state.absmax, state.state2) + state.offset
             if not backends.is_traced():  # a compiler lets no tensor leave its graph so
                 state.flat_scales = scales
         written = dtype if dtype in backends.LOW_PRECISION else torch.float32  # bitsandbytes rounds on the way
@@ -61,17 +60,5 @@ class NF4Weight:
 
 def bitsandbytes_functional():
     """`bitsandbytes.functional`, imported here, since only 4-bit weights need it. InputError if it is missing."""
-    if not torch.compiler.is_compiling():  # it cannot trace this
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # without CUDA it warns of optimizers, unused here
-    try:
-        import bitsandbytes.functional
-    except ImportError as error:
-        raise InputError(f"4-bit weights need bitsandbytes ({error}): pip install bitsandbytes") from None
-    return bitsandbytes.functional
-
-
-def dense_weight(weight, dtype: torch.dtype) -> Tensor:
-    """The weight, a tensor or in 4 or 8 bits, as a dense tensor of ``dtype``: itself if it is one, else a temporary."""
-    if not isinstance(weight, Tensor):
-        return weight.dequantize(dtype)
-    return weight if weight.dtype == dtype else weight.to(dtype)  # to a compiler `to` would be another tensor
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # without CUDA it warns of optimizers, unused here
+    return optional_package("bitsandbytes", "a weight in 4 bits").functional

@@ -11,7 +11,6 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.models.vision_transformer import VisionTransformer
 
 from finetune_lora import add_lora_to_model, freeze_backbone_params
-from lora.nf4 import dense_weight
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]  # for the parameter `device`
 FP32, BF16 = 1e-5, 1e-2  # the relative errors that are promised
@@ -78,7 +77,7 @@ def rounded(stock: nn.Module, adapted: nn.Module) -> nn.Module:
     stock = copy.deepcopy(stock)
     for name, layer in adapted.named_modules():
         for weight in getattr(layer, "float_digests", ()):
-            getattr(stock.get_submodule(name), weight).data = dense_weight(layer.base(), torch.float32)
+            getattr(stock.get_submodule(name), weight).data = layer.base().dense(torch.float32)
     return stock
 
 

@@ -52,7 +52,7 @@ def pair(request):
 def dense(conv, norm, x, residual=None):
     """What convolution, BatchNorm and ReLU are to compute, one after the other, by the formulas of the module."""
     followed = conv.followed
-    W = conv.base().flatten(1)
+    W = conv.base().tensor.flatten(1)
     C = followed.inputs.T @ followed.inputs
     K = W + conv.scaling * conv.lora_B @ conv.lora_A
     v = [(kernel @ C @ kernel.T).diagonal() + 0.01 * norm.running_var for kernel in (W, K)]

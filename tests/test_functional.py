@@ -15,6 +15,7 @@ from finetune_lora import LoRAConv2d, LoRALinear
 from lora import backends, functional
 from lora.functional import effective_weight, lora_conv2d, lora_linear, max_pool2d_relu
 from lora.nf4 import NF4Weight, bitsandbytes_functional
+from lora.weights import Weight
 
 SCALING = 1.7
 random = torch.randn
@@ -93,14 +94,14 @@ def test_a_frozen_linear_layer_is_the_stock_one(monkeypatch, device, by_onednn, 
     x = torch.randn(shape, device=device)
 
     def compute(network: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-        return functional.frozen_linear(x, layer.weight, layer.bias) if network is layer else network(x)
+        return functional.frozen_linear(x, Weight(layer.weight), layer.bias) if network is layer else network(x)
 
     compare_with_dense(stock, layer, [x], FP32, compute)
     with torch.autocast(device, torch.bfloat16):
         assert torch.equal(compute(layer, x), layer(x))
         for low in (x, x.bfloat16()):  # what is not in bfloat16 yet, autocast rounds
             for weight in (layer.weight, layer.weight.bfloat16()):
-                assert_close(functional.frozen_linear(low, weight, layer.bias), layer(low), BF16)
+                assert_close(functional.frozen_linear(low, Weight(weight), layer.bias), layer(low), BF16)
 
 
 def test_channels_last_stays_channels_last():
@@ -108,7 +109,7 @@ def test_channels_last_stays_channels_last():
     x = random(2, 4, 5, 5).to(memory_format=torch.channels_last).requires_grad_()
     W = random(6, 4, 3, 3).to(memory_format=torch.channels_last)
     A, B = random(2, 36, requires_grad=True), random(6, 2, requires_grad=True)
-    y = lora_conv2d(x, W, A, B)
+    y = lora_conv2d(x, Weight(W), A, B)
     y.square().sum().backward()
     for t in (y, x.grad, effective_weight(W, A, B, SCALING)):
         assert t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
@@ -118,8 +119,8 @@ def test_channels_last_stays_channels_last():
 def test_a_folded_scale_is_rounded_with_the_kernel_once(four_bits):
     """In bfloat16. Pixels of one channel each show the kernel in the output."""
     W, scale = random(32, 8, 1, 1), random(32)
-    W = NF4Weight.quantize(W) if four_bits else W.bfloat16()
-    dense = W.dequantize(torch.float32) if four_bits else W.float()
+    W = NF4Weight.quantize(W) if four_bits else Weight(W.bfloat16())
+    dense = W.dense(torch.float32)
     x = torch.eye(8).bfloat16()[:, :, None, None].repeat(4, 1, 1, 1).requires_grad_()  # no less than the kernel
     y = lora_conv2d(x, W, random(2, 8), torch.zeros(32, 2), None, SCALING, row_scale=scale)[:8]
     kernel = (dense.flatten(1) * scale[:, None]).bfloat16()
@@ -136,7 +137,7 @@ def test_the_leak_rectifies_exactly_what_a_relu_does_but_for_nan_which_stays(dty
     leak = backends.LEAK
     values = torch.tensor([math.nan, -1e30, -3.0, -1e-25, -leak, 0.0, leak, 1e-25, 3.0, -1.0]).to(dtype)
     x = values.view(1, 1, 10, 1).expand(1, 16, 10, 2).contiguous(memory_format=torch.channels_last).requires_grad_()
-    W, A, B = torch.eye(16)[:, :, None, None], random(2, 16), torch.zeros(16, 2)
+    W, A, B = Weight(torch.eye(16)[:, :, None, None]), random(2, 16), torch.zeros(16, 2)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         y = lora_conv2d(x, W, A, B, row_scale=torch.ones(16), residual=0 * x if added else None, relu=True)
         y.sum().backward()
@@ -156,9 +157,9 @@ def test_small_updates_survive_rounding_on_average():
     A, B = 1e-3 * signs.flatten(1), torch.ones(1, 1)
     for weight in (W, W.bfloat16()):
         for scale in (None, torch.tensor([1.1])):
-            y = lora_conv2d(signs.bfloat16(), weight, A, B, row_scale=scale)
+            y = lora_conv2d(signs.bfloat16(), Weight(weight), A, B, row_scale=scale)
             assert y.item() == pytest.approx(4.096 * (1 if scale is None else 1.1), rel=0.2)
-    y = lora_linear(torch.ones(500, 2).bfloat16(), torch.tensor([[1.0, -1.0]]).bfloat16(), A[:, :2].abs(), B)
+    y = lora_linear(torch.ones(500, 2).bfloat16(), Weight(torch.tensor([[1.0, -1.0]]).bfloat16()), A[:, :2].abs(), B)
     assert_close(y, torch.full((500, 1), 2e-3), BF16)
 
 
@@ -182,11 +183,11 @@ def test_4_bits_are_nf4_in_blocks_of_64_whose_numbers_in_16_bits_are_rounded_onc
     assert (stored.state.quant_type, stored.state.blocksize, stored.state.nested) == ("nf4", 64, True)
     expected = bitsandbytes_functional().dequantize_4bit(stored.packed, stored.state).flatten()[: 33 * 40].view(33, 40)
     for _ in range(2):
-        assert torch.equal(stored.dequantize(torch.float32), expected)
+        assert torch.equal(stored.dense(torch.float32), expected)
         for dtype in (torch.bfloat16, torch.float16):
-            assert torch.equal(stored.dequantize(dtype), expected.to(dtype))
-            assert count_operations(lambda dtype=dtype: stored.dequantize(dtype), "_to_copy") == 0
-    assert torch.equal(stored[8:16].dequantize(torch.bfloat16), expected[8:16].bfloat16())
+            assert torch.equal(stored.dense(dtype), expected.to(dtype))
+            assert count_operations(lambda dtype=dtype: stored.dense(dtype), "_to_copy") == 0
+    assert torch.equal(stored[8:16].dense(torch.bfloat16), expected[8:16].bfloat16())
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -212,8 +213,8 @@ def test_pooling_and_rectifying_commute_to_the_bit(device, dtype, memory_format,
 
 
 ONCE = [
-    lambda x: lora_linear(x, random(6, 4), random(2, 4), random(6, 2)),
-    lambda x: lora_conv2d(x, random(6, 3, 2, 2), random(2, 12), random(6, 2)),
+    lambda x: lora_linear(x, Weight(random(6, 4)), random(2, 4), random(6, 2)),
+    lambda x: lora_conv2d(x, Weight(random(6, 3, 2, 2)), random(2, 12), random(6, 2)),
     lambda x: max_pool2d_relu(x, 2, 2),
 ]
 
