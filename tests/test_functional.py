@@ -187,6 +187,7 @@ def test_4_bits_are_nf4_in_blocks_of_64_whose_numbers_in_16_bits_are_rounded_onc
         for dtype in (torch.bfloat16, torch.float16):
             assert torch.equal(stored.dense(dtype), expected.to(dtype))
             assert count_operations(lambda dtype=dtype: stored.dense(dtype), "_to_copy") == 0
+    assert stored[8:16].shape == (8, 40)
     assert torch.equal(stored[8:16].dense(torch.bfloat16), expected[8:16].bfloat16())
 
 

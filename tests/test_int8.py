@@ -4,13 +4,14 @@ import copy
 
 import pytest
 import torch
-from dense import BF16, assert_close, frozen, images, relative_error, resnet, vit
+from dense import BF16, assert_close, count_operations, frozen, images, relative_error, resnet, vit
 from torch import Tensor, nn
 
 import deploy_lora
 import finetune_lora
 from finetune_lora import add_lora_to_model, check_8_bits, multiply_in_8_bits
 from lora import int8
+from lora.adapted import LoRASettings
 from lora_utils import LoRAManager
 from toolkit import InputError, choices, devices
 
@@ -23,6 +24,14 @@ def rounded_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Codes and scales of each row, as float32 computes them, in float64."""
     largest = x.float().abs().amax(1, keepdim=True).clamp_min(1e-30)
     return (x.float() * (int8.LARGEST / largest)).round().double(), (largest / int8.LARGEST).double()
+
+
+@exact_products
+def test_a_layer_multiplies_in_8_bits_with_its_adapter_and_without():
+    """Also so many rows that floats would be merged."""
+    layer = finetune_lora.LoRALinear.adapt(nn.Linear(8, 8), LoRASettings(2), torch.int8)
+    for layer.lora_enabled in (True, False):
+        assert count_operations(lambda: layer(torch.randn(100, 8)), "_int_mm") == 1
 
 
 @exact_products
