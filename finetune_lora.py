@@ -279,14 +279,14 @@ class LoRALayer:
 class LoRALinear(LoRALayer, nn.Linear):
     """A linear layer with an adapter. x: (..., in_features) -> (..., out_features)."""
 
-    def forward(self, x: Tensor, prologue: Callable | None = None, summands: Sequence[Tensor] = ()) -> Tensor:
+    def forward(self, x: Tensor, prologue: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """``x (W + s B A)^T + b`` or ``x W^T + b + s (x A^T) B^T``, whichever is faster, of ``prologue(x)``."""
         if prologue is not None and (self._drops or not self._is_active):  # dropout needs the output of `prologue`
             x = prologue(x)
             prologue = None
         if not self._is_active:
             return functional.frozen_linear(x, self._weight_without_adapter(x), self.bias)
-        how = (self.scaling, 1, self._adapter_input(x), prologue, summands)
+        how = (self.scaling, 1, self._adapter_input(x), prologue)
         return functional.lora_linear(x, self.base(), self.lora_A, self.lora_B, self.bias, *how)
 
 

@@ -92,10 +92,14 @@ def stacked(parts: Sequence[Tensor]) -> Tensor:
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, adapter_x, A, B, bias, constants):
-        *ctx.constants, summands = constants  # one argument, since each takes time
-        weight, scaling, groups, prologue, dtype = ctx.constants
+        weight, scaling, groups, prologue, dtype = constants  # one argument, since each takes time
         ctx.shape = x.shape
         ctx.drops = adapter_x is not None
+        read = [x]  # by the prologue or, without one, by the adapter
+        if isinstance(prologue, RecomputedNorm):
+            read = [t.detach() for t in prologue.summands]
+            prologue = prologue.norm
+        ctx.constants = (weight, scaling, groups, prologue, dtype)
         rows = _rows(_evaluate(prologue, x)[0], dtype)
         adapter_rows = _rows(adapter_x, dtype) if ctx.drops else rows
         A = A.to(dtype)
@@ -112,7 +116,6 @@ class _LoRALinear(torch.autograd.Function):
             y = weight.times(rows, bias)
             _add_update_(y, h, B, scaling, groups)  # x W^T + b + s (x A^T) B^T
 
-        read = [t.detach() for t in summands] or [x]  # by the prologue or, without one, by the adapter
         if prologue is None:
             read = [adapter_rows.view(x.shape)]
         ctx.save_for_backward(A, B, h, *read)  # h is thin
@@ -145,6 +148,16 @@ class _LoRALinear(torch.autograd.Function):
         if need_bias:
             g_bias = gy.sum(0)
         return gx, g_adapter_x, gA, gB, g_bias, None
+
+
+class RecomputedNorm(NamedTuple):
+    """A LayerNorm as a `prologue` whose input is a sum, which backward adds again: others save its summands anyway."""
+
+    norm: nn.LayerNorm
+    summands: tuple[Tensor, Tensor]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.norm(x)
 
 
 def _evaluate(prologue: nn.LayerNorm | nn.GELU | None, x: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -186,8 +199,7 @@ def lora_linear(
     scaling: float = 1.0,
     groups: int = 1,  # how many layers on the same input the weight holds, one below the other
     adapter_x: Tensor | None = None,  # what the adapter sees in place of x: x after dropout
-    prologue: nn.LayerNorm | nn.GELU | None = None,  # applied to x first; recomputed, not saved; excludes adapter_x
-    summands: Sequence[Tensor] = (),  # of x, from which backward adds it again: if others save both anyway
+    prologue: nn.Module | RecomputedNorm | None = None,  # applied to x first; recomputed, not saved; excludes adapter_x
 ) -> Tensor:
     """``x (W + s B A)^T + b`` with exact gradients for x, A, B, b, and for W if it is not frozen, which is slower."""
     dtype = compute_dtype(x)
@@ -198,7 +210,7 @@ def lora_linear(
         prologue = None
     if not trains:
         backends.refuse_jit()
-        return _LoRALinear.apply(x, adapter_x, A, B, bias, (weight, scaling, groups, prologue, dtype, summands))
+        return _LoRALinear.apply(x, adapter_x, A, B, bias, (weight, scaling, groups, prologue, dtype))
     if adapter_x is None:
         adapter_x = x
     h = F.linear(adapter_x.to(dtype), A.to(dtype)).unflatten(-1, (groups, -1))  # (..., groups, r)

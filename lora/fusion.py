@@ -8,7 +8,7 @@ fused classes, as `torch.nn.utils.parametrize` does: the objects, their children
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from torchvision.ops.misc import Conv2dNormActivation
 
 from lora.adapted import is_adapted, is_plain_attention
 from lora.attention import attend
-from lora.functional import frozen_linear, max_pool2d_relu
+from lora.functional import RecomputedNorm, frozen_linear, max_pool2d_relu
 from lora.weights import Weight
 from toolkit import InputError, devices, temporarily
 from toolkit.models.norms import FOLDING, Extended, Freezable, FreezableBatchNorm2d, extended, is_hooked, unextended
@@ -194,10 +194,10 @@ def resnet_from_stage(model: ResNet, x: Tensor, first: int = 0) -> Tensor:
 class FusedMLPBlock(Extended):
     """The MLP of a ViT: linear layer, GELU, dropout, linear layer, dropout. GELU is recomputed in backward."""
 
-    def forward(self, input: Tensor, prologue: nn.Module | None = None, summands: Sequence[Tensor] = ()) -> Tensor:
+    def forward(self, input: Tensor, prologue: nn.Module | None = None) -> Tensor:
         """``mlp(prologue(input))``. The first layer recomputes the prologue, if `recomputes` allows that."""
         linear, *rest = self
-        x = apply_layer(linear, input) if prologue is None else linear(input, prologue, summands)
+        x = apply_layer(linear, input) if prologue is None else linear(input, prologue=prologue)
         if len(rest) > 2:
             gelu, dropout, linear, *after = rest
             if type(dropout) is nn.Dropout and dropout.p == 0 and not is_hooked(dropout) and recomputes(gelu, linear):
@@ -229,8 +229,10 @@ class FusedEncoderBlock(Extended):
         x = attended + residual
         if not isinstance(mlp, FusedMLPBlock) or is_hooked(mlp) or not recomputes(self.ln_2, mlp[0]):
             return x + mlp(self.ln_2(x))
-        summands = (attended, residual) if attended.dtype != x.dtype else ()  # narrower than x, and saved anyway
-        return x + mlp(x, self.ln_2, summands)
+        prologue = self.ln_2
+        if attended.dtype != x.dtype:
+            prologue = RecomputedNorm(self.ln_2, (attended, residual))  # half as wide as the sum, and saved anyway
+        return x + mlp(x, prologue=prologue)
 
 
 class FusedVisionTransformer(Extended):

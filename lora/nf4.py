@@ -39,11 +39,9 @@ class NF4Weight(Weight):
         return cls(packed, state, weight.shape)
 
     def __getitem__(self, rows: slice) -> "NF4Weight":
-        """The same storage seen as some of the whole weight's rows."""
         return NF4Weight(self.packed, self.state, self._full_shape, rows)
 
     def dense(self, dtype: torch.dtype, copy: bool = True) -> Tensor:
-        """A fresh dense tensor of the weight's shape."""
         state = self.state
         scales = vars(state).get("flat_scales")  # (blocks,), kept at half a bit a value: they take three operators
         if scales is None or scales.device != self.packed.device:

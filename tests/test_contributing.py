@@ -27,7 +27,6 @@ from torchvision.models.googlenet import BasicConv2d
 import deploy_lora
 from finetune_lora import ADAPTED, load_finetuned
 from lora import fusion
-from lora.nf4 import dense_weight
 from lora_utils import LoRAManager, read_adapter_file
 from tests.pages import DOCS, blocks
 from tests.run_folders import assert_same, metrics, names_in, rows_of, tensors
@@ -53,7 +52,7 @@ def test_another_method_trains_and_its_file_answers_alike_merged_or_not(options,
     assert len(layers) == 4
     found = tensors(path)
     for name, layer in layers.items():
-        W = dense_weight(layer.base(), torch.float32)
+        W = layer.base().dense(torch.float32)
         V = W + layer.scaling * found[f"{name}.lora_B"] @ found[f"{name}.lora_A"]
         m = found[f"{name}.lora_magnitude"]
         assert not torch.allclose(m, W.norm(dim=1), rtol=1e-6)  # it has trained
