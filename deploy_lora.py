@@ -125,11 +125,9 @@ class Deployed:
 
     def loader(self, images: Transformed, **loading: Any) -> DataLoader:
         loading |= {"batch_size": self.args.batch_size, "workers": self.args.workers, "device": self.device}
-        if self.task.per_pixel:
-            loading["collate"] = masks.collate_pairs
-            if images.dataset.source.largest > self.model.window**2:  # whole images, as in a run
-                loading["batch_size"] = 1
-        return build_loader(images, **loading)
+        if self.task.per_pixel and images.dataset.source.largest > self.model.window**2:  # whole images, as in a run
+            loading["batch_size"] = 1
+        return build_loader(images, collate=images.dataset.collate, **loading)
 
     def explainer(self) -> heat_maps.Explainer:
         values = bands.from_metadata(self.about) | {"window": self.model.window if self.task.per_pixel else None}

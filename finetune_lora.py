@@ -708,9 +708,8 @@ def build_model(args: FineTuneOptions, dtype: torch.dtype | None, num_classes: i
 
     `dtype` is the products' and, unless in 8 bits, the frozen weights'. None: bf16 where a CPU is faster in it.
     """
-    per_pixel = choices.TRUTHS[args.task] == "mask"
-    shape = options.backbone_shape(args)
-    model, report = load_base(args.checkpoint, args.stage1_adapter, num_classes, **shape, per_pixel=per_pixel)
+    shape = options.backbone_shape(args) | {"per_pixel": choices.per_pixel(args.task)}
+    model, report = load_base(args.checkpoint, args.stage1_adapter, num_classes, **shape)
     if dtype is None:
         shape = report["channels"], report["image_size"]
         dtype = devices.faster_dtype(lambda dtype: adapt_as_asked(copy.deepcopy(model), args, dtype), *shape)

@@ -223,17 +223,17 @@ def test_a_run_leaves_its_figures_which_an_evaluation_finds_again(of_pairs, pair
     assert "mean IoU" in page and "data:image/png" in page
 
 
-@pytest.mark.parametrize("side, sizes", [(16, [4, 2]), (20, [1] * 6)])
-def test_an_evaluation_reads_images_of_one_window_in_batches(of_pairs, tmp_path, spy, side, sizes):
+@pytest.mark.parametrize("side, at_once", [(16, 4), (20, 1)])
+def test_an_evaluation_reads_images_of_one_window_in_batches(of_pairs, tmp_path, spy, side, at_once):
     """Larger ones one by one, however few of their pixels are known: a batch of scenes would fill the memory."""
     for i in range(6):
         mask = np.full((side, side - i % 2), 255, np.uint8)
         mask[:2, : i + 2] = [[0], [1]]
         save_image(tmp_path / f"images/{i}.png", levels(*mask.shape, 3, np.uint8, seed=i))
         save_image(tmp_path / f"masks/{i}.png", mask)
-    collate = spy(masks, "collate_pairs")
+    build = spy(deploy_lora, "build_loader")
     results = deploy("evaluate", of_pairs, tmp_path, "--batch-size", "4", "--output", tmp_path / "results.json")
-    assert [len(call.args[0]) for call in collate.call_args_list] == sizes and results["images"] == 6
+    assert build.call_args.kwargs["batch_size"] == at_once and results["images"] == 6
 
 
 def test_an_evaluation_reads_masks_as_the_run_did(of_tiffs, tiffs, tmp_path):

@@ -17,7 +17,7 @@ from toolkit import NO_LABEL, InputError
 from toolkit.images import data, masks, sources
 from toolkit.images.bands import Bands
 from toolkit.images.lists import ImageList
-from toolkit.images.masks import Classes, MaskReader, pair_transforms, pairs_in, palette, read_classes
+from toolkit.images.masks import Classes, MaskedImages, MaskReader, pairs_in, palette, read_classes
 
 tifffile = pytest.importorskip("tifffile")
 
@@ -199,7 +199,7 @@ def test_an_image_that_its_exif_data_turn_lies_under_its_mask(tmp_path):
         save_image(tmp_path / f"images/{i}.jpg", on_its_side, exif=oriented(6), quality=95)
     images = load_pairs(tmp_path).train
     for augmentation in ("none", "crop"):
-        crop, whole = pair_transforms(32, augmentation, mean=(0,) * 3, std=(1,) * 3)
+        crop, *_, whole = MaskedImages.views(32, augmentation, mean=(0,) * 3, std=(1,) * 3)
         for transform, size in ((crop, (32, 32)), (whole, (64, 96))):
             image, mask = data.Transformed(images, transform)[0, 1]
             assert image.shape[1:] == mask.shape == size
@@ -356,7 +356,7 @@ def test_digests_follow_names_of_images_and_pixels_of_masks(tmp_path):
 
 def test_targets_count_the_pixels_that_evaluation_sees(tmp_path):
     images = load_pairs(write_pairs(tmp_path, map(levels_of, range(10))), classes=THREE).train
-    whole = data.Transformed(images, pair_transforms(4, "crop", mean=(0.5,) * 3, std=(0.5,) * 3)[1])
+    whole = data.Transformed(images, images.views(4, "crop", mean=(0.5,) * 3, std=(0.5,) * 3)[-1])
     for i, (image, mask) in enumerate(whole):
         levels = torch.from_numpy(np.asarray(images[i][0]).copy()).permute(2, 0, 1)
         torch.testing.assert_close(image, levels / 127.5 - 1)
@@ -381,7 +381,7 @@ def test_image_and_mask_stay_together(channels, scale, height, width, augmentati
     if channels == 3:
         bands = None
         image = Image.fromarray(image.astype(np.uint8))
-    crop = pair_transforms(32, augmentation, mean=(0.1,) * channels, std=(0.25,) * channels, bands=bands)[0]
+    crop, *_ = MaskedImages.views(32, augmentation, mean=(0.1,) * channels, std=(0.25,) * channels, bands=bands)
     flipped = set()
     for seed in range(16):
         torch.manual_seed(seed)
@@ -406,7 +406,7 @@ def test_a_crop_has_a_known_pixel_wherever_these_are(augmentation):
     mask = torch.full((300, 200), NO_LABEL)
     for row, column in ((0, 0), (299, 199), (150, 20)):
         mask[row : row + 3, column : column + 3] = 1
-    crop, _ = pair_transforms(32, augmentation, **TWO_BANDS)
+    crop, *_ = MaskedImages.views(32, augmentation, **TWO_BANDS)
     image = (mask == 1).float().numpy()[..., None].repeat(2, 2)
     columns = []
     for _ in range(60):
@@ -420,7 +420,7 @@ def test_a_crop_has_a_known_pixel_wherever_these_are(augmentation):
 
 def test_places_and_zooms_vary_and_a_crop_of_known_pixels_stays_where_it_is_drawn():
     image, mask = ramp(100, 120, 2)
-    crop, _ = pair_transforms(32, "crop", **TWO_BANDS)
+    crop, *_ = MaskedImages.views(32, "crop", **TWO_BANDS)
     spans = []
     corners = []
     for _ in range(200):
@@ -431,7 +431,7 @@ def test_places_and_zooms_vary_and_a_crop_of_known_pixels_stays_where_it_is_draw
     assert abs(np.mean(np.log2(spans))) < 0.1  # as often smaller as larger
     assert min(corners) < 15 and max(corners) > 150
     # Only a crop that shows nothing known is drawn anew: else pixels in the middle would be seen more often.
-    crop, _ = pair_transforms(16, "none", **TWO_BANDS)
+    crop, *_ = MaskedImages.views(16, "none", **TWO_BANDS)
     image = np.indices((40, 60)).transpose(1, 2, 0).astype(np.float32)  # each pixel's row and column
     for seed in range(5):
         torch.manual_seed(seed)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.metrics import confusion_matrix, f1_score, jaccard_score
+from torch.utils.data import DataLoader
 
 from finetune_lora import add_lora_to_model, load_base
 from lora_utils import base_digests
@@ -19,9 +20,8 @@ from toolkit import InputError
 from toolkit.answers import probe, segmentation
 from toolkit.answers.evaluation import NO_LABEL
 from toolkit.answers.segmentation import PixelAnswers, Segmentation, rare_class_weights
-from toolkit.images.masks import Classes, MaskReader, pairs_in
+from toolkit.images.masks import Classes, MaskedImages, MaskReader, pairs_in
 from toolkit.models import backbones, dense
-from toolkit.run import loaders
 
 CPU = torch.device("cpu")
 NAMES = ["sky", "wall", "tree"]
@@ -150,6 +150,7 @@ def test_a_run_starts_as_the_probe_of_pixels(start, pairs, saved, narrow, monkey
     resnet = start(f"--task segmentation --data-dir {pairs} --checkpoint {saved(narrow)} --image-size 32")
     assert resnet.adapter_rate == pytest.approx(3e-3)
     assert run.baseline["knn"] is None and run.baseline["probe"] > 0.3
+    assert run.loaders.answered_at_once == 4 and isinstance(run.loaders.val, DataLoader)  # neither more, nor remembered
     # Whole images that are larger than a window are evaluated one at a time: a batch of scenes would fill the memory.
     assert {len(images) for images, _ in run.loaders.val} == {1} and run.loaders.train.batch_sampler.batch_size == 4
     # BatchNorms follow adapters by crops that are the same in each process and each resumed run, whatever was drawn.
@@ -157,7 +158,7 @@ def test_a_run_starts_as_the_probe_of_pixels(start, pairs, saved, narrow, monkey
     torch.rand(7)
     assert torch.equal(torch.cat(list(run.loaders.followed_batches())), first)
     # The probe is of so many pixels in all: with some of each of ten thousand images it would take hours.
-    monkeypatch.setattr(loaders, "PROBED_PAIRS", 5)
+    monkeypatch.setattr(MaskedImages, "most_probed", 5)
     assert len(run.loaders.probe_images) == 5
 
 

@@ -19,3 +19,8 @@ KEEP_BEST = {
     "segmentation": {"miou": "val_miou", "dice": "val_macro_dice", "pixels": "val_pixel_accuracy"},
 }
 TO_LABEL = ("to_label.csv", "to_label.html")  # the list that `deploy_lora.py choose` writes, and its pictures
+
+
+def per_pixel(task: str) -> bool:
+    """Is a task's truth a class for every pixel?"""
+    return TRUTHS[task] == "mask"

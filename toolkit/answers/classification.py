@@ -110,6 +110,7 @@ class Classification(parts.SoftmaxObjective):
     loss_title = "cross-entropy"
     pipeline = "image-classification"
     counts_images = True
+    probed_in_views = True
     Report = ClassReport
 
     knn_score = staticmethod(evaluation.knn_accuracy)

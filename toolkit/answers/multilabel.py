@@ -180,6 +180,7 @@ class MultiLabel(parts.Task):
     activation = "sigmoid"
     output_name = "probabilities"
     served: Mapping[str, str] = {"thresholds": "thresholds"}
+    probed_in_views = True
     always_calibrates = True
 
     def __init__(self, names: Sequence[str], targets: Tensor | None = None, balanced=False, thresholds=None, goal="f1"):

@@ -72,6 +72,7 @@ class Task:
     output_name = "logits"  # of what `output_layer` makes of the outputs
     recorded: tuple[str, ...] = ()  # what `record` has besides the kind: numbers for each output
     served: Mapping[str, str] = {}  # what a server has to know of the `record`, and how `usage` calls it
+    probed_in_views = False  # is a probe of few images better if it sees several augmented views of each?
     always_calibrates = False  # also where the head's optimism is not known
     Report: type[Report]
 
@@ -103,12 +104,12 @@ class Task:
         if hasattr(cls, "Report"):
             cls.score, headline = next(iter(cls.Report.HEADLINES.items()))
             cls.score_title = headline.title
+            cls.truth = choices.TRUTHS[cls.kind]
+            cls.per_pixel = choices.per_pixel(cls.kind)
 
     def __init__(self, names: Sequence[str]):
         self.names = list(names)
         self.best_by = choices.KEEP_BEST[self.kind]
-        self.truth = choices.TRUTHS[self.kind]
-        self.per_pixel = self.truth == "mask"
 
     def to(self, device: torch.device) -> None:
         """Put what the loss needs onto the device."""

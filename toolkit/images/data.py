@@ -31,6 +31,10 @@ UNLABELLED = -1  # the label of an image without one
 class LabelledImages(Dataset):
     """(PIL RGB image, int label) pairs, or (array (H, W, C), int label) where the source has `bands`."""
 
+    of_any_size = False  # are they evaluated as they are?
+    most_probed = 10_000  # of those that train: for the k-NN accuracy before training and for the linear probe
+    collate: Callable | None = None  # makes a batch; None: as PyTorch does
+
     def __init__(self, source: Sequence[Any], labels: Sequence[int] | None = None, targets: torch.Tensor | None = None):
         if labels is None:
             labels = [UNLABELLED] * len(source)
@@ -40,6 +44,15 @@ class LabelledImages(Dataset):
         self.targets = targets  # (N, K): a row takes the label's place; labels say which are alike: `splitting.strata`
         self.groups: np.ndarray | None = None  # (N,): the name of each image's group, such as a patient
         self.times_split = 0  # how often `validation_part` or the like has made this set smaller
+
+    @staticmethod
+    def views(image_size: int, augmentation: str, **normalization: Any) -> tuple[Callable, ...]:
+        """A run's transforms, to (C, S, S): augmented, strongly for training without a label, plain, for evaluation."""
+        augmented = strong = transforms.train_transform(image_size, augmentation, **normalization)
+        if augmentation == "crop" and normalization["bands"] is None:
+            strong = transforms.train_transform(image_size, "trivial", **normalization)
+        plain = transforms.eval_transform(image_size, **normalization)
+        return augmented, strong, plain, plain
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -4,7 +4,7 @@ import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -262,6 +262,24 @@ class PairFiles(folders.ImageFiles):
 class MaskedImages(data.LabelledImages):
     """(image as `LabelledImages` has it, mask (H, W) int64) of `PairFiles`. `targets` (N, K) count pixels by class."""
 
+    of_any_size = True
+    most_probed = 500  # of which the probe is of some pixels of each: `segmentation.PROBE_ROWS`
+
+    @staticmethod
+    def views(image_size: int, augmentation: str, **normalization: Any) -> tuple[Callable, ...]:
+        """The same; for evaluation, whole images, and else `PairCrop`, which varies for the augmentation 'crop'."""
+        whole = transforms.eval_transform(None, **normalization)
+        crop = PairCrop(image_size, augmentation == "crop", whole)
+        return crop, crop, crop, whole
+
+    @staticmethod
+    def collate(batch: Sequence[tuple[Tensor, Tensor]]) -> tuple[Any, Any]:
+        """A batch of images and one of masks; as two lists where their sizes differ."""
+        images, masks = zip(*batch, strict=True)
+        if len({mask.shape for mask in masks}) > 1:
+            return list(images), list(masks)
+        return torch.stack(images), torch.stack(masks)
+
     def undecoded(self, i: int) -> tuple[Image.Image | np.ndarray, Tensor]:
         return super().undecoded(i)[0], self.mask(i)
 
@@ -462,17 +480,3 @@ def _drawn(length: int, side: int, pixel: int | None = None) -> int:
     if pixel is not None:
         low, high = max(low, pixel - side + 1), min(high, pixel)
     return torch.randint(low, high + 1, ()).item()
-
-
-def pair_transforms(image_size: int, augmentation: str, **normalization: Any) -> tuple[PairCrop, transforms.View]:
-    """The transforms of pairs for training (augmentation 'crop': `PairCrop` varies), and of images for evaluation."""
-    whole = transforms.eval_transform(None, **normalization)
-    return PairCrop(image_size, augmentation == "crop", whole), whole
-
-
-def collate_pairs(batch: Sequence[tuple[Tensor, Tensor]]) -> tuple[Any, Any]:
-    """A batch of images and one of masks; as two lists where their sizes differ."""
-    images, masks = zip(*batch, strict=True)
-    if len({mask.shape for mask in masks}) > 1:
-        return list(images), list(masks)
-    return torch.stack(images), torch.stack(masks)

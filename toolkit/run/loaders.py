@@ -14,7 +14,7 @@ from toolkit.answers import evaluation, tasks
 from toolkit.images import bands, cache, data, masks
 from toolkit.images.data import LabelledImages, Remembered, Transformed, build_loader
 from toolkit.images.sources import Splits, load_splits
-from toolkit.images.transforms import TwoCrops, eval_transform, train_transform
+from toolkit.images.transforms import TwoCrops
 from toolkit.run import guard, options, runs, teacher, training
 
 LEAST_STEPS = 12  # of an epoch, which passes over few images until it has them
@@ -24,15 +24,13 @@ FOLLOWED_IMAGES = 256  # the most training images by which BatchNorms follow ada
 CALIBRATION_IMAGES = 5_000  # the most training images by which thresholds and the temperature are chosen
 PROBED_VIEWS = 512  # of few training images together, at the most; and MOST_VIEWS of each
 MOST_VIEWS = 8
-KNN_IMAGES = 10_000  # the most training images for the k-NN accuracy before training and for the linear probe
 ANSWERED_PIXELS = 128 * 64**2  # of a batch that is only answered: small images wait for the weights, not for memory
-PROBED_PAIRS = 500  # the same with masks, of which the probe is of some pixels of each: `segmentation.PROBE_ROWS`
 
 
 def load_images(args: options.FineTuneOptions, read: bands.Bands | None) -> Splits:
     """The training and the evaluation images, with their labels or masks."""
     reader = None
-    if choices.TRUTHS[args.task] == "mask":
+    if choices.per_pixel(args.task):
         reader = masks.MaskReader(masks.read_classes(args.classes), args.unknown_value)
     where = options.image_sources(args, read)
     splits = load_splits(**where, labels_per_class=args.labels_per_class, seed=args.seed, masks=reader)
@@ -60,18 +58,11 @@ class Loaders:
         self.meter = meter
         self.images = splits
         self.image_size = image_size
-        self.has_masks = isinstance(splits.train, masks.MaskedImages)
+        views = splits.train.views(image_size, args.augmentation, **plan.normalization)
+        self.augmentation, self.strong_view, self.plain_view, self.eval_transform = views
         self.answered_at_once = args.batch_size
-        values = plan.normalization
-        if self.has_masks:  # whole images are of any size: what trains or is measured on the way are crops
-            self.augmentation, self.eval_transform = masks.pair_transforms(image_size, args.augmentation, **values)
-            self.plain_view = self.augmentation
-        else:
+        if not splits.train.of_any_size:
             self.answered_at_once = max(args.batch_size, min(128, ANSWERED_PIXELS // image_size**2))
-            self.augmentation = self.strong_view = train_transform(image_size, args.augmentation, **values)
-            if args.augmentation == "crop" and values["bands"] is None:
-                self.strong_view = train_transform(image_size, "trivial", **values)
-            self.eval_transform = self.plain_view = eval_transform(image_size, **values)
 
     @torch.no_grad()
     def cache_features(self, lower: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
@@ -98,7 +89,7 @@ class Loaders:
         if norms_train:  # each process needs some images of a batch
             self.answered_at_once = self.args.batch_size
         self.val = self.add_loader(self.images.val, self.eval_transform, keep_workers=True)
-        if not self.has_masks:  # which come with images of any size
+        if not self.images.val.of_any_size:
             self.val = Remembered(self.val)
         loading = {"shuffle": True, "seed": self.args.seed, "batch_size": self.args.batch_size, "keep_workers": True}
         self.unlabelled: DataLoader | None = None
@@ -124,7 +115,7 @@ class Loaders:
         self.watched = self.add_same_views(self.watched_images, self.augmentation)
         # They calibrate the head, and start it unless there are more training images.
         some = self.images.train.at_most(CALIBRATION_IMAGES)
-        varies = self.args.augmentation != "none" and choices.TRUTHS[self.args.task] in ("class", "labels")
+        varies = self.args.augmentation != "none" and tasks.TASKS[self.args.task].probed_in_views
         views = probed_views(len(some)) if varies else 1
         seed = self.args.seed
         if views > 1:  # other views than the guard's: training would seem to harm a head that was fitted to these
@@ -156,11 +147,9 @@ class Loaders:
     def add_loader(self, images: LabelledImages, transform: Callable, **loading: Any) -> DataLoader:
         """A loader that answers in large batches and is read once, unless `loading` says otherwise."""
         loading = {"batch_size": self.answered_at_once, "keep_workers": False} | loading
-        loading |= {"workers": self.args.workers, "device": self.device}
-        if self.has_masks:
-            loading["collate"] = masks.collate_pairs
-            if transform is self.eval_transform and images.source.largest > self.image_size**2:
-                loading["batch_size"] = 1  # a whole image may have thousands of pixels along each side
+        loading |= {"workers": self.args.workers, "device": self.device, "collate": images.collate}
+        if transform is self.eval_transform and images.of_any_size and images.source.largest > self.image_size**2:
+            loading["batch_size"] = 1  # a whole image may have thousands of pixels along each side
         return build_loader(Transformed(images, transform), **loading)
 
     def add_same_views(self, images: LabelledImages, transform: Callable) -> Remembered:
@@ -202,17 +191,17 @@ class Loaders:
     @property
     def probe_images(self) -> LabelledImages:
         """The training images for k-NN and the linear probe."""
-        return self.images.train.at_most(PROBED_PAIRS if self.has_masks else KNN_IMAGES)
+        return self.images.train.at_most(self.images.train.most_probed)
 
     def features(self, network: nn.Module, task: tasks.Task, dtype: torch.dtype, to_evaluate=True) -> tasks.Features:
         """Features of `probe_images`, and of what else there is; of evaluation images only if there is to evaluate."""
         train = self.probe_images
         loaders = {"training_images": self.add_loader(train, self.plain_view)}
-        if to_evaluate and not self.has_masks:  # with masks scores are of whole images
+        if to_evaluate and not train.of_any_size:  # whose scores are of whole images
             loaders["evaluation_images"] = self.val
         if self.args.head_init == "probe":
             loaders["augmented_views"] = self.augmented
-            if self.has_masks or len(train) > CALIBRATION_IMAGES:
+            if train.of_any_size or len(train) > CALIBRATION_IMAGES:
                 loaders["augmented_views"] = self.add_loader(train, self.augmentation)
         if (without := self.images.unlabelled) is not None:
             loaders["images_without_labels"] = self.add_loader(without, self.plain_view)

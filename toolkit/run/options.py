@@ -263,11 +263,11 @@ def complete_fine_tuning(args: argparse.Namespace, origins: dict[str, str], type
         seen = "the backbone that comes with the toolkit has seen handwritten digits alone"
         remedy = "for photographs give --checkpoint moco-v2-800ep; or, if it is meant, --checkpoint shipped"
         yield f"{images} without --checkpoint: {seen}; {remedy}"
-    has_masks = choices.TRUTHS[args.task] == "mask"
-    if has_masks and origins["class_weights"] == "default":
+    per_pixel = choices.per_pixel(args.task)
+    if per_pixel and origins["class_weights"] == "default":
         args.class_weights = "balanced"  # its score is a mean over classes
     is_for_digits = same_file(args.config, DEFAULT_CONFIG) and origins["augmentation"] == "config"
-    if has_masks and (is_for_digits or origins["augmentation"] == config.OF_SHIPPED):
+    if per_pixel and (is_for_digits or origins["augmentation"] == config.OF_SHIPPED):
         args.augmentation = "crop"  # the shipped backbone's file has the one for digits
     if is_none(args.checkpoint) and origins["head_init"] == "default":
         args.head_init = "random"  # there is nothing yet that a probe could find
@@ -322,7 +322,7 @@ TASK_CLASHES = {  # the same of --task, by what the task reads
 def may_have_own_norms(args: FineTuneOptions) -> bool:
     """Is there a probe that says whether BatchNorms begin with the images' own statistics, and an adapter for these?"""
     is_auto = args.norms == "auto" and args.freeze_backbone and args.lora_rank > 0
-    return is_auto and args.head_init == "probe" and args.batch_size > 1 and choices.TRUTHS[args.task] != "mask"
+    return is_auto and args.head_init == "probe" and args.batch_size > 1 and not choices.per_pixel(args.task)
 
 
 def _is_given(args: Any, words: str) -> bool:
@@ -339,16 +339,17 @@ def _own_problems(args: Any, typed: Container[str]) -> Iterator[str]:
     """What --task lacks, and what is wrong with how a run would train besides CLASHES, one line each."""
     best_by = KEEP_BEST[args.task]
     truth = choices.TRUTHS[args.task]
+    per_pixel = choices.per_pixel(args.task)
     if args.keep_best is not None and args.keep_best not in best_by:
         yield f"--keep-best {args.keep_best} with --task {args.task}: use {' or '.join(best_by)}"
-    if args.label_columns and (not args.data_list or truth == "mask"):
+    if args.label_columns and (not args.data_list or per_pixel):
         yield "--label-columns: only a --data-list of classes, labels or numbers has such columns; drop it"
     for name in ("classes", "unknown_value"):
-        if name in typed and truth != "mask":
+        if name in typed and not per_pixel:
             yield f"{flag(name)} with --task {args.task}: only masks have it; use --task segmentation"
     if "threshold" in typed and truth != "labels":
         yield f"--threshold with --task {args.task}: only labels have it; use --task multilabel"
-    if truth == "mask" and args.dataset != "imagefolder":
+    if per_pixel and args.dataset != "imagefolder":
         remedy = "give --data-dir with the folders images/ and masks/, or --data-list with `image,mask` lines"
         yield f"--task {args.task}: --dataset {args.dataset} has no masks; {remedy}"
     form = {"numbers": "`path,3.5` lines", "labels": '`path,"a,b"` lines, or a column for each label'}

@@ -15,7 +15,7 @@ from toolkit.answers import answer_reports, comparison, heat_maps, measures, tas
 from toolkit.answers.report_page import BLUE, ORANGE, html_pictures, new_figure, save_figure, write_page
 from toolkit.images import bands, remote, sources, transforms
 from toolkit.models import backbones, checkpoints, published
-from toolkit.run import loaders, options, teacher, verdict
+from toolkit.run import options, teacher, verdict
 from toolkit.run.training import best_epoch, column
 
 FineTuned = Any  # a run: `finetune_lora.FineTuning`, which no file below that one can name
@@ -278,7 +278,7 @@ def labels_to_check(run: FineTuned) -> list[str]:
     found = run.task.contradicted
     if found is None:
         return []
-    images = run.splits.train.at_most(loaders.KNN_IMAGES)  # which the probe is of; cached features have no pictures
+    images = run.splits.train.at_most(run.splits.train.most_probed)  # cached features have no pictures
     names = run.task.names
     rows = []
     shown = []

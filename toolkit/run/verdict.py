@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from toolkit import choices, typed
+from toolkit import typed
 from toolkit.answers.parts import Task
 from toolkit.models.checkpoints import value_at
 from toolkit.run.output_folder import free_beside
@@ -55,7 +55,7 @@ def judge(
 
     gained, is_worse, may_be_chance = _compared(results, task, probe)
     is_short = lowered > LOWERED and not results.get("retreats")
-    is_photograph = choices.TRUTHS[task.kind] == "class" and value_at(results, "normalization/scale") is None
+    is_photograph = task.truth == "class" and value_at(results, "normalization/scale") is None
     augmentation = value_at(results, "config/data/augmentation")  # affine: a flip would make another sign
     can_vary = is_photograph and augmentation not in ("trivial", "affine")
     again = "the same command with"
