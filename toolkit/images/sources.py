@@ -5,6 +5,7 @@ import importlib.util
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,6 +53,30 @@ class Splits(NamedTuple):
         return hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 
+@dataclass
+class Source:
+    """Where images are, and how they are read. What is not said here is as the option of the same name."""
+
+    dataset: str = "digits"
+    data_dir: str | Path | None = None  # also what relative paths in lists are relative to; None: the list's folder
+    val_dir: str | Path | None = None
+    data_list: Sequence[str | Path] | None = None
+    label_columns: Sequence[str] | None = None
+    group_by: str | None = None
+    task: str = DEFAULT_TASK
+    skip_unreadable: bool = False
+    bands: Bands | None = None  # what is read of files that are no RGB photographs
+    masks: MaskReader | None = None  # how masks are read, where they are the truth. All of them are, once
+
+    def __post_init__(self) -> None:
+        self.truth = TRUTHS[self.task]
+        given = self.data_list or ()
+        if len(given) > 2:
+            raise InputError(f"--data-list: expected a list for training and one for evaluation, got {len(given)}")
+        folder = _existing("--data-dir", self.data_dir) if given and self.data_dir else None
+        self.lists = [ImageList(Path(path), folder, self.group_by, self.label_columns) for path in given]
+
+
 def load_splits(
     dataset: str = "digits",
     data_dir: str | Path | None = None,
@@ -59,74 +84,68 @@ def load_splits(
     labels_per_class: int | None = None,
     seed: int = 0,
     *,
-    val_dir: str | Path | None = None,
-    data_list: Sequence[str | Path] | None = None,
-    skip_unreadable: bool = False,
-    for_training_only: bool = False,
-    bands: Bands | None = None,
-    task: str = DEFAULT_TASK,
-    group_by: str | None = None,
     folds: str | None = None,
-    label_columns: Sequence[str] | None = None,
     unlabelled: str | Path | None = None,
-    masks: MaskReader | None = None,
+    for_training_only: bool = False,
+    **others: Any,
 ) -> Splits:
-    """The training and evaluation images of a data set, without any transform.
+    """The training and evaluation images of a data set, without any transform. `others`: what else `Source` has.
 
-    What is not said here is as the option of the same name (docs/options.md; with examples: docs/data.md).
-
-    Args:
-        data_dir: also what relative paths in lists are relative to; without it that is the list's folder.
-        eval_split: 'validation': `val` is the `validation_part` of the training split.
-        seed: draws the images of `labels_per_class`; the splits themselves never depend on it.
-        for_training_only: the evaluation images are not needed, and `val` may be empty.
-        bands: what is read of files that are no RGB photographs.
-        masks: how masks are read, where they are the truth. All of them are, once.
-
+    Arguments are as the options of the same names (docs/options.md; with examples: docs/data.md). Besides, `seed` draws
+    the images of `labels_per_class` alone, and `for_training_only` says that no evaluation images are needed.
     Raises InputError for what is missing, empty, unreadable or too little, and for a group on both sides.
     """
+    source = Source(dataset, data_dir, **others)
     needs_val = eval_split == "held-out" and not for_training_only and folds is None
-    truth = TRUTHS[task]
-    lists = _lists(data_list or (), data_dir, group_by=group_by, label_columns=label_columns)
-    if truth == "mask":
-        places = lists or pair_places(data_dir, val_dir, needs_val)
-        parts, class_names = load_pairs(places[: 1 + needs_val], bands, masks or MaskReader(None), skip_unreadable)
-    elif truth != "class" and not lists:
-        raise InputError(f"--task {task} needs --data-list: a folder or an archive says one class for each image")
-    elif dataset == "digits" and not lists:
-        places = []
-        parts, class_names = _digits(data_dir)
-    elif dataset == "imagefolder" or lists:
-        places = lists or _folders(data_dir, val_dir, needs_val)
-        parts, class_names = _labelled_parts(places, bands, truth)
-    else:
-        raise InputError(f"--dataset {dataset} is for pretraining; here each image needs a label: use imagefolder")
-    if len(parts) < len(places):  # the evaluation images of a divided set are not needed
-        parts.append(parts[0].subset([]))
-    if group_by is not None:
-        _group(parts, lists, group_by, truth)
-    if skip_unreadable:
-        parts = _readable_parts(parts, truth, class_names)
-    train, val = _divide(parts, eval_split, folds, group_by)
-    left_alone = val_dir or ", ".join(map(str, lists[1:]))
-    if left_alone and not needs_val and not for_training_only:
-        print(f"evaluating on a part of the training images; {printable(left_alone)} is left alone")
-    _tell(train, val, truth, class_names, compares=not for_training_only)
+    parts, class_names = _parts(source, needs_val)
+    if source.group_by is not None:
+        _group(parts, source)
+    if source.skip_unreadable:
+        parts = _readable_parts(parts, source.truth, class_names)
+    splits = Splits(*_divide(parts, eval_split, folds, source.group_by), class_names)
+    _tell(splits, source, needs_val, for_training_only)
     if labels_per_class is not None:
-        train = train.subset(splitting.some_of_each(train.labels, labels_per_class, class_names, seed))
-    splits = Splits(train, val, class_names)
-    if unlabelled is None:
-        return splits
-    return splits._replace(unlabelled=_unlabelled(Path(unlabelled), splits, bands, skip_unreadable))
+        drawn = splitting.some_of_each(splits.train.labels, labels_per_class, class_names, seed)
+        splits = splits._replace(train=splits.train.subset(drawn))
+    if unlabelled is not None:
+        splits = splits._replace(unlabelled=_unlabelled(Path(unlabelled), splits, source))
+    return splits
 
 
-def _labelled_parts(places: Sequence, bands: Bands | None, truth: str) -> tuple[list[LabelledImages], list[str]]:
-    """The images of lists or folders, None passed over, and the names of their classes: those of the first."""
+def _parts(source: Source, needs_val: bool) -> tuple[list[LabelledImages], list[str]]:
+    """The one part or two of a source, the second empty if it need not be read, and the names as of `Splits`."""
+    if source.truth == "mask":
+        return _masked(source, needs_val)
+    if source.lists:
+        return _labelled_parts(source.lists, source)
+    if source.truth != "class":
+        needs = f"--task {source.task} needs --data-list"
+        raise InputError(f"{needs}: a folder or an archive says one class for each image")
+    if source.dataset == "digits":
+        return _digits(source.data_dir)
+    if source.dataset == "imagefolder":
+        return _labelled_parts(_folders(source.data_dir, source.val_dir, needs_val), source)
+    raise InputError(f"--dataset {source.dataset} is for pretraining; here each image needs a label: use imagefolder")
+
+
+def _masked(source: Source, needs_val: bool) -> tuple[list[LabelledImages], list[str]]:
+    places = source.lists or pair_places(source.data_dir, source.val_dir, needs_val)
+    read = source.masks or MaskReader(None)
+    parts, names = load_pairs(places[: 1 + needs_val], source.bands, read, source.skip_unreadable)
+    if len(parts) < len(places):
+        parts.append(parts[0].subset([]))
+    return parts, names
+
+
+def _labelled_parts(places: Sequence, source: Source) -> tuple[list[LabelledImages], list[str]]:
+    """The images of lists or folders, none of None, and the names of their classes: those of the first."""
     parts = []
     class_names: list[str] = []
     for place in filter(None, places):
-        part, class_names = labelled(place, bands, truth, class_names, places[0])
+        part, class_names = labelled(place, source.bands, source.truth, class_names, places[0])
         parts.append(part)
+    if len(parts) < len(places):
+        parts.append(parts[0].subset([]))
     return parts, class_names
 
 
@@ -139,16 +158,17 @@ def _readable_parts(parts: Sequence[LabelledImages], truth: str, names: Sequence
     return kept
 
 
-def _group(parts: Sequence[LabelledImages], lists: Sequence[ImageList], by: str, truth: str) -> None:
-    """Say of each image which group it belongs to: see `load_splits`."""
+def _group(parts: Sequence[LabelledImages], source: Source) -> None:
+    """Say of each image which group it belongs to."""
+    by = source.group_by
     for number, images in enumerate(parts):
         if not images.in_files:
             raise InputError(f"--group-by {printable(by)}: these images are in no folder or list of yours; drop it")
-        if lists and not by.isdecimal():
-            images.groups = lists[number].groups()[images.indices]
+        if source.lists and not by.isdecimal():
+            images.groups = source.lists[number].groups()[images.indices]
         else:
             images.groups = splitting.folder_level(images.relative_names(), by)
-    if by == "1" and truth == "class" and not lists:
+    if by == "1" and source.truth == "class" and not source.lists:
         raise InputError("--group-by 1: this is the folder of the class; groups are in those below, from 2 on")
 
 
@@ -172,13 +192,17 @@ def _divide(parts: Sequence, eval_split: str, folds: str | None, group_by: str |
     return train, val
 
 
-def _tell(train: LabelledImages, val: LabelledImages, truth: str, names: Sequence[str], compares: bool) -> None:
-    """Print which classes nothing trains, and which evaluation images are training images too, if it `compares`."""
-    if truth == "class" and (gone := set(val.labels) - set(train.labels)):
+def _tell(splits: Splits, source: Source, needs_val: bool, for_training_only: bool) -> None:
+    """Print which images are not needed, which classes nothing trains, and which evaluation images train as well."""
+    train, val, names, _ = splits
+    left_alone = source.val_dir or ", ".join(map(str, source.lists[1:]))
+    if left_alone and not needs_val and not for_training_only:
+        print(f"evaluating on a part of the training images; {printable(left_alone)} is left alone")
+    if source.truth == "class" and (gone := set(val.labels) - set(train.labels)):
         print(f"no training image of {_names(gone, names)} is left: all are evaluated on")
-    if truth == "mask" and (gone := set((train.targets.sum(0) == 0).nonzero().flatten().tolist())):
+    if source.truth == "mask" and (gone := set((train.targets.sum(0) == 0).nonzero().flatten().tolist())):
         print(f"no training mask has pixels of {_names(gone, names)}")
-    if not compares or not train.in_files or not distributed.is_main():
+    if for_training_only or not train.in_files or not distributed.is_main():
         return
     if len(train) + len(val) > MOST_COMPARED:
         print(f"evaluation images may be copies of training images: more than {MOST_COMPARED:,} are not compared")
@@ -194,7 +218,7 @@ def _names(labels: Iterable[int], class_names: Sequence[str]) -> str:
 def load_unlabelled(data_dir=None, data_list: Sequence = (), skip_unreadable=False, bands=None) -> LabelledImages:
     """All images below a folder, of one with a train/ those in there, or in a list. Raises InputError for none."""
     if data_list:
-        first = _lists(data_list, data_dir)[0]
+        first = Source(data_dir=data_dir, data_list=data_list).lists[0]
         source = ImageFiles(first.folder, first.paths(), bands)
     else:
         source = all_images(_train_folder(_existing("--data-dir", data_dir)), bands)
@@ -202,12 +226,12 @@ def load_unlabelled(data_dir=None, data_list: Sequence = (), skip_unreadable=Fal
     return readable(images) if skip_unreadable else images
 
 
-def _unlabelled(place: Path, splits: Splits, bands: Bands | None, skip_unreadable: bool) -> LabelledImages:
+def _unlabelled(place: Path, splits: Splits, source: Source) -> LabelledImages:
     """Some images of a folder or list, without those that are evaluated on or train with a label."""
     if remote.is_folder(place):
-        found = load_unlabelled(place, None, skip_unreadable, bands)
+        found = load_unlabelled(place, None, source.skip_unreadable, source.bands)
     elif remote.exists(place):
-        found = load_unlabelled(None, [place], skip_unreadable, bands)
+        found = load_unlabelled(None, [place], source.skip_unreadable, source.bands)
     else:
         raise InputError(f"--unlabelled {remote.address(place)}: no such folder or list of images")
     wanted = max(LEAST_UNLABELLED, UNLABELLED_OF_CLASS * len(splits.class_names))
@@ -305,13 +329,6 @@ def part_to_evaluate(folder: Path, class_names: Sequence[str]) -> Path:
     if inside & {*EVALUATION_NAMES, "test"} and not inside & set(class_names):
         return folders.evaluation_folder(folder)
     return folder
-
-
-def _lists(data_list: Sequence[str | Path], data_dir: str | Path | None, **columns: Any) -> list[ImageList]:
-    if len(data_list) > 2:
-        raise InputError(f"--data-list: expected a list for training and one for evaluation, got {len(data_list)}")
-    folder = _existing("--data-dir", data_dir) if data_list and data_dir else None
-    return [ImageList(Path(path), folder, **columns) for path in data_list]
 
 
 def labelled(place: Path | ImageList, bands: Bands | None, truth: str, known: Sequence[str], other: Any) -> Named:
