@@ -1,6 +1,7 @@
 """toolkit/images/sources.py and data.py: data sets, splits, loaders."""
 
 import itertools
+import shutil
 import sys
 from unittest import mock
 
@@ -103,7 +104,10 @@ def test_a_validation_part_needs_no_evaluation_folder_which_may_lie_elsewhere(tm
     two_classes(tmp_path, "train")
     with pytest.raises(InputError, match="but no val/, valid/, validation/ or test/: add one"):
         sources.load_splits("imagefolder", tmp_path)
+    with pytest.raises(InputError, match="--task multilabel needs --data-list: a folder or an archive says one class"):
+        sources.load_splits("imagefolder", tmp_path, task="multilabel")
     assert len(sources.load_splits("imagefolder", tmp_path, eval_split="validation").val) == 2
+    assert len(sources.load_splits("imagefolder", tmp_path, folds="1/3").val) == 2
     splits = sources.load_splits("imagefolder", tmp_path, for_training_only=True)
     assert (len(splits.train), len(splits.val)) == (6, 0)
     write_images(tmp_path / "val" / "eel")  # which is nobody's business then
@@ -116,6 +120,9 @@ def test_a_validation_part_needs_no_evaluation_folder_which_may_lie_elsewhere(tm
         splits = sources.load_splits("imagefolder", folder, val_dir=tmp_path / "elsewhere")
         assert splits.train.name(0) == str(tmp_path / "train/cat/a.png")
         assert splits.val.name(0) == str(tmp_path / "elsewhere/cat/a.png")
+    shutil.copy(tmp_path / "train/cat/a.png", tmp_path / "elsewhere/cat")
+    sources.load_splits("imagefolder", tmp_path, val_dir=tmp_path / "elsewhere", for_training_only=True)
+    assert capsys.readouterr().out == ""  # of what is evaluated by nobody
 
 
 def test_one_list_is_split_and_two_are_not(tmp_path):

@@ -151,6 +151,7 @@ def test_a_run_starts_as_the_probe_of_pixels(start, pairs, saved, narrow, monkey
     assert resnet.adapter_rate == pytest.approx(3e-3)
     assert run.baseline["knn"] is None and run.baseline["probe"] > 0.3
     assert run.loaders.answered_at_once == 4 and isinstance(run.loaders.val, DataLoader)  # neither more, nor remembered
+    assert run.loaders.train.collate_fn is MaskedImages.collate
     # Whole images that are larger than a window are evaluated one at a time: a batch of scenes would fill the memory.
     assert {len(images) for images, _ in run.loaders.val} == {1} and run.loaders.train.batch_sampler.batch_size == 4
     # BatchNorms follow adapters by crops that are the same in each process and each resumed run, whatever was drawn.
