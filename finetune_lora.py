@@ -708,7 +708,7 @@ def build_model(args: FineTuneOptions, dtype: torch.dtype | None, num_classes: i
 
     `dtype` is the products' and, unless in 8 bits, the frozen weights'. None: bf16 where a CPU is faster in it.
     """
-    shape = options.backbone_shape(args) | {"per_pixel": choices.per_pixel(args.task)}
+    shape = options.backbone_shape(args) | {"per_pixel": args.task in choices.PER_PIXEL}
     model, report = load_base(args.checkpoint, args.stage1_adapter, num_classes, **shape)
     if dtype is None:
         shape = report["channels"], report["image_size"]

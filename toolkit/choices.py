@@ -11,6 +11,7 @@ ARITHMETICS = ("float", "int8")
 # What each task reads as the truth about an image: a class, labels, numbers or a mask.
 TRUTHS = {"classification": "class", "multilabel": "labels", "regression": "numbers", "segmentation": "mask"}
 DEFAULT_TASK = "classification"  # and the task of an adapter file that names none
+PER_PIXEL = {task for task, truth in TRUTHS.items() if truth == "mask"}  # the tasks with a class for every pixel
 # The values of --keep-best that each task has, with the column of metrics.csv that each value means.
 KEEP_BEST = {
     "classification": {"accuracy": "val_accuracy", "balanced": "val_balanced_accuracy", "f1": "val_macro_f1"},
@@ -19,8 +20,3 @@ KEEP_BEST = {
     "segmentation": {"miou": "val_miou", "dice": "val_macro_dice", "pixels": "val_pixel_accuracy"},
 }
 TO_LABEL = ("to_label.csv", "to_label.html")  # the list that `deploy_lora.py choose` writes, and its pictures
-
-
-def per_pixel(task: str) -> bool:
-    """Is a task's truth a class for every pixel?"""
-    return TRUTHS[task] == "mask"

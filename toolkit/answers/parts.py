@@ -105,7 +105,7 @@ class Task:
             cls.score, headline = next(iter(cls.Report.HEADLINES.items()))
             cls.score_title = headline.title
             cls.truth = choices.TRUTHS[cls.kind]
-            cls.per_pixel = choices.per_pixel(cls.kind)
+            cls.per_pixel = cls.kind in choices.PER_PIXEL
 
     def __init__(self, names: Sequence[str]):
         self.names = list(names)

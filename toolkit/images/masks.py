@@ -301,18 +301,18 @@ def pairs_in(place: str | Path | lists.ImageList, bands: Bands | None, read: Mas
     """The pairs in a folder, of one in parts those to evaluate on, or in a list. Says which pairs it leaves out."""
     if not isinstance(place, lists.ImageList):
         place = pair_places(place, None, needs_val=True)[-1]
-    [images], _ = load_pairs([place], bands, read, skip_unreadable=True, trains=False)
+    [images], _ = load_pairs([place], 1, bands, read, skip_unreadable=True, trains=False)
     return images
 
 
 def load_pairs(
-    places: Sequence[Place], bands: Bands | None, read: MaskReader, skip_unreadable: bool, trains: bool = True
+    places: Sequence[Place], count: int, bands: Bands | None, read: MaskReader, skip_unreadable: bool, trains=True
 ) -> tuple[list[MaskedImages], list[str]]:
-    """The images with masks of each place, and the names of the classes.
+    """The images with masks of each place, of those behind the first `count` none, and the names of the classes.
 
     Raises InputError if there are no pairs, if one cannot be used, or if masks that train are all of one class.
     """
-    parts = [_pairs(place, bands, read, skip_unreadable) for place in places]
+    parts = [_pairs(place, bands, read, skip_unreadable) for place in places[:count]]
     found = []
     problems = []
     for files in parts:
@@ -337,6 +337,8 @@ def load_pairs(
     if trains and len(seen) == 1:
         where = f"{parts[0].mask_folder}: all known pixels are of one class"
         raise InputError(f"{where}, {printable(names[seen[0]])}{read.remedy}")
+    if len(images) < len(places):
+        images.append(images[0].subset([]))
     return images, names
 
 

@@ -115,7 +115,9 @@ def load_splits(
 def _parts(source: Source, needs_val: bool) -> tuple[list[LabelledImages], list[str]]:
     """The one part or two of a source, the second empty if it need not be read, and the names as of `Splits`."""
     if source.truth == "mask":
-        return _masked(source, needs_val)
+        places = source.lists or pair_places(source.data_dir, source.val_dir, needs_val)
+        read = source.masks or MaskReader(None)
+        return load_pairs(places, 1 + needs_val, source.bands, read, source.skip_unreadable)
     if source.lists:
         return _labelled_parts(source.lists, source)
     if source.truth != "class":
@@ -126,15 +128,6 @@ def _parts(source: Source, needs_val: bool) -> tuple[list[LabelledImages], list[
     if source.dataset == "imagefolder":
         return _labelled_parts(_folders(source.data_dir, source.val_dir, needs_val), source)
     raise InputError(f"--dataset {source.dataset} is for pretraining; here each image needs a label: use imagefolder")
-
-
-def _masked(source: Source, needs_val: bool) -> tuple[list[LabelledImages], list[str]]:
-    places = source.lists or pair_places(source.data_dir, source.val_dir, needs_val)
-    read = source.masks or MaskReader(None)
-    parts, names = load_pairs(places[: 1 + needs_val], source.bands, read, source.skip_unreadable)
-    if len(parts) < len(places):
-        parts.append(parts[0].subset([]))
-    return parts, names
 
 
 def _labelled_parts(places: Sequence, source: Source) -> tuple[list[LabelledImages], list[str]]:

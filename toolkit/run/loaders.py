@@ -30,7 +30,7 @@ ANSWERED_PIXELS = 128 * 64**2  # of a batch that is only answered: small images 
 def load_images(args: options.FineTuneOptions, read: bands.Bands | None) -> Splits:
     """The training and the evaluation images, with their labels or masks."""
     reader = None
-    if choices.per_pixel(args.task):
+    if args.task in choices.PER_PIXEL:
         reader = masks.MaskReader(masks.read_classes(args.classes), args.unknown_value)
     where = options.image_sources(args, read)
     splits = load_splits(**where, labels_per_class=args.labels_per_class, seed=args.seed, masks=reader)

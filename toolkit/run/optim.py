@@ -86,7 +86,7 @@ MOST_WITH_MASKS = 3e-3  # of adapters that begin at the gradient: at 24 times wh
 def run_divisor(args: FineTuneOptions, rate: float, steps: int) -> float:
     """The divisor of a run's learning rate: above 1 for adapters that begin at the gradient, if it has few steps."""
     # All others train at what is typed: masks too, where an image has thousands of labels to mend harm by.
-    if not args.freeze_backbone or "random" in (args.head_init, args.lora_init) or choices.per_pixel(args.task):
+    if not args.freeze_backbone or "random" in (args.head_init, args.lora_init) or args.task in choices.PER_PIXEL:
         return 1.0
     # Adam's first steps harm what the probe knows, later ones mend that. The power is measured: benchmarks/RESULTS.md.
     share = min(1.0, (steps / STEPS_TO_TRAIN) ** 2.5)

@@ -263,7 +263,7 @@ def complete_fine_tuning(args: argparse.Namespace, origins: dict[str, str], type
         seen = "the backbone that comes with the toolkit has seen handwritten digits alone"
         remedy = "for photographs give --checkpoint moco-v2-800ep; or, if it is meant, --checkpoint shipped"
         yield f"{images} without --checkpoint: {seen}; {remedy}"
-    per_pixel = choices.per_pixel(args.task)
+    per_pixel = args.task in choices.PER_PIXEL
     if per_pixel and origins["class_weights"] == "default":
         args.class_weights = "balanced"  # its score is a mean over classes
     is_for_digits = same_file(args.config, DEFAULT_CONFIG) and origins["augmentation"] == "config"
@@ -322,7 +322,7 @@ TASK_CLASHES = {  # the same of --task, by what the task reads
 def may_have_own_norms(args: FineTuneOptions) -> bool:
     """Is there a probe that says whether BatchNorms begin with the images' own statistics, and an adapter for these?"""
     is_auto = args.norms == "auto" and args.freeze_backbone and args.lora_rank > 0
-    return is_auto and args.head_init == "probe" and args.batch_size > 1 and not choices.per_pixel(args.task)
+    return is_auto and args.head_init == "probe" and args.batch_size > 1 and args.task not in choices.PER_PIXEL
 
 
 def _is_given(args: Any, words: str) -> bool:
@@ -339,7 +339,7 @@ def _own_problems(args: Any, typed: Container[str]) -> Iterator[str]:
     """What --task lacks, and what is wrong with how a run would train besides CLASHES, one line each."""
     best_by = KEEP_BEST[args.task]
     truth = choices.TRUTHS[args.task]
-    per_pixel = choices.per_pixel(args.task)
+    per_pixel = args.task in choices.PER_PIXEL
     if args.keep_best is not None and args.keep_best not in best_by:
         yield f"--keep-best {args.keep_best} with --task {args.task}: use {' or '.join(best_by)}"
     if args.label_columns and (not args.data_list or per_pixel):
