@@ -10,6 +10,7 @@ import pytest
 import torch
 from dense import BF16, DEVICES, EXACT, FP32, assert_close, compare_with_dense, dense_twin, frozen, images, resnet, vit
 from torch import nn
+from torchvision.models.googlenet import BasicConv2d
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.models.vision_transformer import ConvStemConfig, EncoderBlock
@@ -38,6 +39,13 @@ class BatchNormAct(nn.BatchNorm2d):
         return super().forward(x).relu()
 
 
+class FusedBasicConv2d(norms.Extended):
+    """A block of GoogLeNet, of which the toolkit knows nothing: a convolution, a BatchNorm and a ReLU."""
+
+    def forward(self, x):
+        return fusion.conv_bn_relu(self.conv, self.bn, nn.ReLU(), x)
+
+
 def models() -> dict[str, tuple[nn.Module, int]]:
     """Which layers stand in which order, and how many of the BatchNorms cannot be folded."""
     conv = nn.Conv2d(3, 3, 3, padding=1)
@@ -59,14 +67,16 @@ def models() -> dict[str, tuple[nn.Module, int]]:
         "two BatchNorms": (nn.Sequential(conv, norm, nn.BatchNorm2d(3)), 1),
         "a linear layer before": (nn.Sequential(nn.Linear(16, 16), norm), 1),
         "a forward of its own": (PreActivation(3, 3), 2),
+        "another block in the table": (nn.Sequential(BasicConv2d(3, 4, kernel_size=3)), 0),
     }
 
 
 @pytest.mark.filterwarnings("ignore:the last layer")
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "channels_last"])
 @pytest.mark.parametrize("case", models())
-def test_a_batch_norm_is_folded_if_it_follows_a_convolution(case, memory_format):
+def test_a_batch_norm_is_folded_if_it_follows_a_convolution(case, memory_format, monkeypatch):
     """What is computed is what the stock model computes, also where the convolution's bias trains."""
+    monkeypatch.setitem(fusion.FUSED, BasicConv2d, FusedBasicConv2d)
     stock, unfolded = models()[case]
     stock = dense.seen(stock).double().eval()
     x = images(16, dtype=torch.float64).to(memory_format=memory_format)

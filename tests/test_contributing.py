@@ -3,7 +3,6 @@
 A layer, a loss and DoRA are in docs/python.md, which test_readme.py runs, a layout in each row of test_checkpoints.py.
 """
 
-import copy
 import json
 import os
 import re
@@ -22,19 +21,13 @@ import yaml
 from PIL import Image
 from torch import nn
 from torchvision import transforms
-from torchvision.models.googlenet import BasicConv2d
 
 import deploy_lora
 from finetune_lora import ADAPTED, load_finetuned
-from lora import fusion
-from lora_utils import LoRAManager, read_adapter_file
+from lora_utils import read_adapter_file
 from tests.pages import DOCS, blocks
 from tests.run_folders import assert_same, metrics, names_in, rows_of, tensors
 from toolkit.files import read_checkpoint
-from toolkit.images import masks
-from toolkit.models.norms import Extended
-
-# ------------------------------------------------------------------------------------------------ another PEFT method
 
 
 @pytest.mark.parametrize("options", ["", "--use-qlora"])
@@ -59,45 +52,6 @@ def test_another_method_trains_and_its_file_answers_alike_merged_or_not(options,
         x = torch.randn(3, layer.in_features)
         dense.assert_close(layer(x), x @ (m * V.T / V.norm(dim=1)) + layer.bias, dense.FP32)
     assert merged["loss"] == pytest.approx(results["val_loss"], abs=1e-4)
-
-
-# --------------------------------------------------------------------------------- a table, or a function, of another
-
-
-class FusedBasicConv2d(Extended):
-    """A block of GoogLeNet, of which the toolkit knows nothing: a convolution, a BatchNorm and a ReLU."""
-
-    def forward(self, x):
-        return fusion.conv_bn_relu(self.conv, self.bn, nn.ReLU(), x)
-
-
-@pytest.mark.filterwarnings("ignore:the last layer")
-def test_a_block_is_fused_as_long_as_it_has_adapters(monkeypatch):
-    monkeypatch.setitem(fusion.FUSED, BasicConv2d, FusedBasicConv2d)
-    stock = dense.seen(nn.Sequential(BasicConv2d(3, 4, kernel_size=3), nn.Flatten(), nn.Linear(4 * 36, 2)).eval())
-    model = dense.frozen(copy.deepcopy(stock), target_modules="0")
-    x = dense.images(8)
-    dense.compare_with_dense(stock, model, [x], dense.FP32)
-    assert dense.count_operations(lambda: model(x), "batch_norm") == 0
-    assert dense.classes(LoRAManager(model).unload()) == dense.classes(stock)
-
-
-def test_a_format_of_masks_is_a_decoder(pairs, tmp_path, monkeypatch):
-    real = masks._decoded
-
-    def decoded(path: str, in_colours: bool) -> np.ndarray:
-        return np.load(path)["mask"] if path.endswith(".npz") else real(path, in_colours)
-
-    monkeypatch.setattr(masks, "_decoded", decoded)
-    expected = masks.pairs_in(pairs, None, masks.MaskReader(None))
-    place = shutil.copytree(pairs / "val", tmp_path / "pairs")
-    for path in list((place / "masks").iterdir()):
-        np.savez(path.with_suffix(".npz"), mask=np.asarray(Image.open(path)))
-        path.unlink()
-    found = masks.pairs_in(place, None, masks.MaskReader(None))
-    assert len(found) == len(expected) == 6
-    for number in range(6):
-        assert torch.equal(found.mask(number), expected.mask(number))
 
 
 # ------------------------------------------------------------------------------------------- in a copy of the toolkit
@@ -143,8 +97,9 @@ def run_in_copy(place: Path, changes: Iterable[Path], script: str, *argv: Path) 
 
 SCRIPT = """
 import runpy
-import toolkit, torch
+import numpy, toolkit, torch
 from lora_utils import read_adapter_file
+from toolkit.images import masks
 base, images, out = sys.argv[1:]
 options = f"--checkpoint {base} --data-dir {images} --output-dir {out} --device cpu --enough 100 --batch-size 8"
 options += " --epochs 3 --augmentation square --workers 0 --warmup-epochs 0 --lr 1e-3"
@@ -160,6 +115,8 @@ again = finetune_lora.main([*options.split(), "--resume"])
 print("resumed:", first["val_loss"] == again["val_loss"])
 finetune_lora.main(options.split())
 deploy_lora.main(["count", f"{out}/lora.pth", "--more", "4", "--output", f"{out}/count.txt"])
+numpy.savez("mask.npz", mask=[[0, 1]])
+print("mask:", masks.MaskReader(None)("mask.npz").tolist())
 print(runpy.run_path("docs/write_options.py")["page"]())
 try:
     finetune_lora.main([*options.split(), "--keep-best", "f1"])
@@ -170,12 +127,13 @@ except toolkit.InputError as error:
 
 def test_each_takes_the_lines_that_are_named(base, images, tmp_path):
     """A run with another option, a rule to stop by it, an average that is kept, another optimizer, schedule and
-    augmentation, a report, a setting of adapters and a family of checkpoints; then a command."""
+    augmentation, a report, a setting of adapters and a family of checkpoints; then a command and a format of masks."""
     out = tmp_path / "out"
     printed = run_in_copy(tmp_path / "copy", OF_A_RUN, SCRIPT, base, images, out)
     assert (
         "--keep-best with --enough: the last is kept; drop one" in printed and "| `--enough` |  | the loss" in printed
     )
+    assert "mask: [[0, 1]]" in printed
     assert yaml.safe_load((out / "config.yaml").read_text())["finetune"]["enough"] == 100
     assert (
         "augmentation: Compose(\n    ToTensor()" in printed and "saved: True" in printed and "resumed: True" in printed

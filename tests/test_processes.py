@@ -30,7 +30,7 @@ from finetune_lora import LoRALinear
 from lora.initialization import start_at_gradient
 from moco import builder, pretrain
 from tests.run_folders import assert_same_tensors, column, metrics, names_in, rows_of, tensors
-from tests.test_teacher import teacher_of
+from tests.test_unlabelled import teacher_of
 from toolkit import InputError, devices, distributed, files
 from toolkit.answers import evaluation, predictions, probe, segmentation, tasks
 from toolkit.images import cache, data
