@@ -16,6 +16,7 @@ from tests.image_files import bytes_of, tar_of, touch, write
 from toolkit import InputError
 from toolkit.answers import predictions
 from toolkit.images import data, folders, lists, shards, sources
+from toolkit.images.bands import Bands
 
 
 def jpeg(level: int, suffix: str = "jpeg") -> bytes:
@@ -146,6 +147,9 @@ def test_images_are_found_in_nested_folders_and_through_links(tmp_path):
     found = ["a.JPG", "b.png", "h.png", "z.jpeg", "deep/d.TIFF", "deep/er/c.webp", "more/e.png", "more/linked/f.bmp"]
     assert folders.image_names(tmp_path, "cat") == [f"cat/{name}" for name in found]
     assert folders.image_names(tmp_path / "cat")[:2] == ["a.JPG", "b.png"]
+    touch(tmp_path / "arrays", "a.npy", "b.npz")  # which count where bands are read
+    assert folders.image_names(tmp_path / "arrays", bands=Bands(1)) == ["a.npy", "b.npz"]
+    assert not folders.image_names(tmp_path / "arrays")
 
 
 def places_of(output: Path, *names: str) -> list[Path]:
