@@ -253,11 +253,12 @@ def test_each_process_needs_an_image(monkeypatch):
 @pytest.mark.parametrize(
     ("size", "images", "in_float32", "in_bf16", "dtype"),
     [
-        (64, 16, 0.1, 0.05, torch.bfloat16),
-        (64, 16, 0.1, 0.08, torch.float32),
-        (32, 64, 0.1, 0.2, torch.float32),
-        (224, 2, 0.1, 0.2, torch.float32),
-        (64, 16, 0.07, None, torch.float32),  # a step in less than 0.08 seconds stays in float32, unmeasured in bf16
+        (96, 32, 0.2, 0.1, torch.bfloat16),
+        (96, 32, 0.2, 0.19, torch.float32),
+        (32, 32, 0.2, 0.4, torch.float32),
+        (224, 5, 0.2, 0.4, torch.float32),
+        (512, 2, 0.2, 0.4, torch.float32),
+        (96, 32, 0.15, None, torch.float32),  # a step in less than 0.16 seconds stays in float32, unmeasured in bf16
     ],
 )
 def test_an_automatic_precision_is_what_pays(monkeypatch, spy, capsys, size, images, in_float32, in_bf16, dtype):

@@ -85,14 +85,15 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
-WORTH_ROUNDING = 1.3  # times as fast
+WORTH_ROUNDING = 1.1  # times as fast
 WORTH_MEASURING = 0.005  # CPU seconds for an image in float32: with smaller models a run is short in either precision
-MEASURED_PIXELS = 16 * 64**2  # a few small images would wait for the weights, which training's batches hardly do
+MEASURED_IMAGES, MEASURED_PIXELS = 32, 32 * 96**2  # at most: with a few images bf16 may lose what it gains with a batch
 
 
 def faster_dtype(build: Callable[[torch.dtype], nn.Module], channels: int, size: int) -> torch.dtype:
     """bfloat16, which is printed, if a CPU trains enough faster in it; else float32. All processes get the same one."""
-    images = to_device(torch.ones(max(2, MEASURED_PIXELS // size**2), channels, size, size), CPU)
+    count = max(2, min(MEASURED_IMAGES, MEASURED_PIXELS // size**2))
+    images = to_device(torch.ones(count, channels, size, size), CPU)
 
     def seconds_in(dtype: torch.dtype) -> float:
         model = place(build(dtype), CPU).train()
