@@ -395,5 +395,5 @@ def summary(run: FineTuned, results: dict[str, Any], report: answer_reports.Repo
     yield "peak memory", memory
     yield "results in", f"{run.args.output_dir}/: lora.pth, last.pth, metrics.csv, results.json, config.yaml,"
     if task.contradicted is not None:
-        yield "", f"labels_to_check.csv ({len(task.contradicted):,} training images whose label may be wrong),"
+        yield "", f"labels_to_check.csv ({len(task.contradicted):,} training images that the probe answers otherwise),"
     yield "", f"training_curves.png, {report.picture}, mistakes.png; report.html shows them all"
