@@ -17,8 +17,8 @@ from tests.checkpoint_files import under, without_head
 from tests.image_files import bytes_of, labelled_tar, png_of, save_image, write
 from toolkit import InputError
 from toolkit.images import data, folders, remote, sources, transforms
-from toolkit.images.bands import Bands, Scaling, _check_values, decoded, settle
-from toolkit.images.families import FAMILIES, known_scaling
+from toolkit.images.bands import Bands, Scaling, _check_values, decoded, known_scaling, settle
+from toolkit.images.families import FAMILIES
 from toolkit.models import backbones, checkpoints
 from toolkit.run.options import FineTuneOptions, known_image_values
 

@@ -31,7 +31,7 @@ from tests.checkpoint_files import rezipped, torch_file
 from tests.image_files import bytes_of, geotags, write
 from toolkit import InputError, config
 from toolkit.files import read_checkpoint
-from toolkit.images import bands, families
+from toolkit.images import bands
 from toolkit.images.folders import ImageFiles
 from toolkit.models import backbones, checkpoints
 
@@ -212,7 +212,7 @@ def test_content_of_a_checkpoint(pretrained, tmp_path_factory, changes):
         warnings.simplefilter("ignore")
         model, _ = checkpoints.load_backbone(path, num_classes=2)
         assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
-        families.known_scaling(bands.Scaling(), *checkpoints.find_images(path), path)
+        bands.known_scaling(bands.Scaling(), *checkpoints.find_images(path), path)
 
 
 @fuzz(40, changes=CHANGES)

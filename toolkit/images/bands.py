@@ -9,11 +9,13 @@ import logging
 import lzma
 import math
 import os
+import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -22,9 +24,9 @@ import torch
 import torchvision  # its decoders are looked up where they are used: 0.29 says that they will go
 from PIL import Image, ImageOps
 
-from toolkit import InputError, listed, optional_package
+from toolkit import InputError, listed, optional_package, printable
 from toolkit.images import dicom, remote
-from toolkit.images.scaling import Scaling
+from toolkit.images.families import FAMILIES, Scaling
 from toolkit.models import backbones, names
 
 ARRAY_SUFFIXES = (".npy", ".npz")
@@ -339,3 +341,51 @@ def are_numbers(values: Any, count: int) -> bool:
     """Is this a list of `count` numbers that float64 can hold?"""
     is_list = type(values) is list and len(values) == count
     return is_list and all(type(value) in (int, float) and abs(value) < 1e300 for value in values)
+
+
+def known_scaling(given: Scaling, channels: int, metadata: Mapping[str, Any], file: str | Path | None) -> Scaling:
+    """The values of the checkpoint's pretraining, which are printed, where the options give none; else `given`.
+
+    `metadata` are the file's, as `recorded` writes them, and its `arch`. InputError if they are damaged, or if
+    the family that `given.normalise` names is for other `channels`.
+    """
+    if given.normalise in FAMILIES:
+        expected = FAMILIES[given.normalise].channels
+        if channels not in expected:
+            takes = f"is for {', '.join(map(str, expected))} channels, and the network takes {channels}"
+            raise InputError(f"--normalise {given.normalise} {takes}: give --scale, --mean and --std instead")
+        return _of_family(given.normalise, given.bands, "")
+    if file is None or any((given.mean, given.std, given.normalise)):
+        return given
+    if metadata:  # its mean and std hold after any scale that brings files to the same units
+        return _as_recorded(given, channels, metadata, file)
+    if given.scale is not None:
+        return given
+    file_name = Path(file).name
+    for name, family in FAMILIES.items():
+        if family.file and channels in family.channels and re.search(family.file, file_name):
+            return _of_family(name, given.bands, f", which the name of {printable(file_name)} says: else give --scale")
+    return given
+
+
+def _of_family(name: str, bands: Sequence[str] | None, reason: str) -> Scaling:
+    family = FAMILIES[name]
+    # Wrong units are this field's commonest silent error: whatever is taken is printed.
+    print(f"images: the scale, mean and std of {name} ({family.source}){reason}")
+    return Scaling(family.scale, list(family.mean), list(family.std), bands)
+
+
+def _as_recorded(given: Scaling, channels: int, metadata: Mapping[str, Any], file: str | Path) -> Scaling:
+    try:
+        values = from_metadata(dict(metadata))
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
+    bands = values.pop("bands")
+    if channels != len(values["mean"]) or (bands is None and values == backbones.normalization(metadata["arch"])):
+        return given
+    found = given._replace(mean=list(values["mean"]), std=list(values["std"]))
+    if bands is not None:
+        found = found._replace(scale=given.scale or bands.scale, bands=given.bands or list(bands.chosen) or None)
+    taken = "mean, std and bands" if given.scale else "scale, mean, std and bands"
+    print(f"images: {taken} as in the pretraining, which {printable(Path(file).name)} says")
+    return found

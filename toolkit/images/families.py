@@ -1,12 +1,20 @@
-"""The scale, mean and std with which published checkpoints were pretrained, by their names."""
+"""What the options, or the names of published checkpoints, say of the numbers in image files."""
 
-import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
-from toolkit import InputError, printable
-from toolkit.images.scaling import Scaling
+from toolkit import InputError, listed
+from toolkit.models.names import check_channels
+
+
+class Scaling(NamedTuple):
+    """What the options, or a checkpoint, say of the numbers in image files; None where they say nothing."""
+
+    scale: float | None = None  # by which all values are divided
+    mean: Sequence[float] | None = None  # of each channel after that, or one number for all; as std
+    std: Sequence[float] | None = None
+    bands: Sequence[str] | None = None  # that become the channels, as for `Bands`
+    normalise: str | None = None  # 'data' to measure mean and std, or the name of a family of checkpoints
 
 
 class Family(NamedTuple):
@@ -41,52 +49,25 @@ FAMILIES = {
 }
 
 
-def known_scaling(given: Scaling, channels: int, metadata: Mapping[str, Any], file: str | Path | None) -> Scaling:
-    """The values of the checkpoint's pretraining, which are printed, where the options give none; else `given`.
-
-    `metadata` are the file's, as `bands.recorded` writes them, and its `arch`. InputError if they are damaged, or if
-    the family that `given.normalise` names is for other `channels`.
-    """
-    if given.normalise in FAMILIES:
-        expected = FAMILIES[given.normalise].channels
-        if channels not in expected:
-            takes = f"is for {', '.join(map(str, expected))} channels, and the network takes {channels}"
-            raise InputError(f"--normalise {given.normalise} {takes}: give --scale, --mean and --std instead")
-        return _of_family(given.normalise, given.bands, "")
-    if file is None or any((given.mean, given.std, given.normalise)):
-        return given
-    if metadata:  # its mean and std hold after any scale that brings files to the same units
-        return _as_recorded(given, channels, metadata, file)
-    if given.scale is not None:
-        return given
-    file_name = Path(file).name
-    for name, family in FAMILIES.items():
-        if family.file and channels in family.channels and re.search(family.file, file_name):
-            return _of_family(name, given.bands, f", which the name of {printable(file_name)} says: else give --scale")
-    return given
+def split_names(entries: Iterable[str] | None) -> list[str] | None:
+    """The names of bands typed as `4,3,2` or `4 3 2`."""
+    return entries and list(filter(None, ",".join(entries).split(",")))
 
 
-def _of_family(name: str, bands: Sequence[str] | None, reason: str) -> Scaling:
-    family = FAMILIES[name]
-    # Wrong units are this field's commonest silent error: whatever is taken is printed.
-    print(f"images: the scale, mean and std of {name} ({family.source}){reason}")
-    return Scaling(family.scale, list(family.mean), list(family.std), bands)
-
-
-def _as_recorded(given: Scaling, channels: int, metadata: Mapping[str, Any], file: str | Path) -> Scaling:
-    from toolkit.images.bands import from_metadata  # here: they load PyTorch, and FAMILIES are names of an option
-    from toolkit.models.backbones import normalization
-
-    try:
-        values = from_metadata(dict(metadata))
-    except InputError as error:
-        raise InputError(f"{file}: {error}") from None
-    bands = values.pop("bands")
-    if channels != len(values["mean"]) or (bands is None and values == normalization(metadata["arch"])):
-        return given
-    found = given._replace(mean=list(values["mean"]), std=list(values["std"]))
-    if bands is not None:
-        found = found._replace(scale=given.scale or bands.scale, bands=given.bands or list(bands.chosen) or None)
-    taken = "mean, std and bands" if given.scale else "scale, mean, std and bands"
-    print(f"images: {taken} as in the pretraining, which {printable(Path(file).name)} says")
-    return found
+def option_problems(scaling: Scaling, channels: int | None) -> Iterator[str]:
+    """The contradictions among the options of the channels, one line each."""
+    if scaling.normalise == "data" and (scaling.mean or scaling.std):
+        yield "--normalise data with --mean or --std: what is measured is not given; drop one of them"
+    elif scaling.normalise not in (None, "data") and (scaling.mean or scaling.std or scaling.scale):
+        yield f"--normalise {scaling.normalise} brings its own --scale, --mean and --std: drop one of them"
+    if bool(scaling.mean) != bool(scaling.std):
+        yield "--mean and --std belong together: give both, one number or one for each channel"
+    if names := [band for band in scaling.bands or () if not band.isdecimal()]:
+        yield f"--bands {listed(names)}: give numbers from 1, or 0 for zeros; a file has all bands, stacked"
+    if min(scaling.std or (1.0,)) <= 0:
+        yield "--std: a standard deviation is above 0"
+    if channels is not None:
+        try:
+            check_channels(channels)
+        except InputError as error:
+            yield f"--channels: {error}"

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from toolkit import NO_LABEL, InputError, printable
-from toolkit.images import data, folders, lists, remote, scaling, splitting, transforms
+from toolkit.images import data, families, folders, lists, remote, splitting, transforms
 from toolkit.images.bands import Bands, array_of, levels_of_tiff, open_image
 
 MOST_CLASSES = 255
@@ -49,7 +49,7 @@ def read_classes(given: Sequence[str] | None) -> Classes | None:
     if len(given) == 1 and remote.is_file(place):
         lines = _lines_of(place, where)
     else:
-        lines = [(name, ()) for name in scaling.split_names(given)]
+        lines = [(name, ()) for name in families.split_names(given)]
     names = []
     marks = []
     unknown = []

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from toolkit import SHIPPED, TOOLKIT, InputError, attributes, choices, config, found_path, homed, same_file
 from toolkit.choices import ARITHMETICS, AUGMENTATIONS, DATASETS, DEFAULT_TASK, KEEP_BEST, PRECISIONS, UNLABELLED_SET
 from toolkit.config import any_float, flag, option, or_auto, positive_float, positive_int, several
-from toolkit.images import remote, scaling
-from toolkit.images.families import FAMILIES, known_scaling
+from toolkit.images import remote
+from toolkit.images.families import FAMILIES, Scaling, option_problems, split_names
 from toolkit.models import published
 from toolkit.models.names import ARCHS, TIMM, checkpoint_path, fetched, is_none, model_problems
 from toolkit.run import output_folder
@@ -224,8 +224,8 @@ def complete_shared(args: argparse.Namespace, origins: dict[str, str], typed: Co
             setattr(args, name, list(map(found_path, value)) if isinstance(value, list) else found_path(value))
     if args.dataset is None:
         args.dataset = "imagefolder" if args.data_dir or args.data_list or args.val_dir else "digits"
-    args.bands = scaling.split_names(args.bands)
-    yield from scaling.option_problems(scaling_of(args), args.channels)
+    args.bands = split_names(args.bands)
+    yield from option_problems(scaling_of(args), args.channels)
     if args.val_dir and args.data_list:
         yield "--val-dir with --data-list: give the evaluation images as a second list instead"
     elif args.val_dir and not args.data_dir:
@@ -256,7 +256,7 @@ def unlabelled_problems(args: Any) -> Iterator[str]:
 
 def complete_fine_tuning(args: argparse.Namespace, origins: dict[str, str], typed: set[str]) -> Iterator[str]:
     """Fill in the options that follow from others; yield what is wrong with them together, one line each."""
-    args.label_columns = scaling.split_names(args.label_columns)
+    args.label_columns = split_names(args.label_columns)
     yield from complete_shared(args, origins, typed)
     if origins["checkpoint"] == "default" and args.dataset != "digits":
         images = next((flag(name) for name in ("data_dir", "data_list") if getattr(args, name)), "--dataset")
@@ -412,14 +412,14 @@ def image_sources(args: ImageOptions, read: "Bands | None" = None) -> dict[str, 
     return attributes(args, *names) | {"bands": read}
 
 
-def scaling_of(args: Any) -> scaling.Scaling:
-    return scaling.Scaling(args.scale, args.mean, args.std, args.bands, args.normalise)
+def scaling_of(args: Any) -> Scaling:
+    return Scaling(args.scale, args.mean, args.std, args.bands, args.normalise)
 
 
-def known_image_values(args: Any, checkpoint: Path | None) -> tuple[scaling.Scaling, "Bands | None"]:
+def known_image_values(args: Any, checkpoint: Path | None) -> tuple[Scaling, "Bands | None"]:
     """The scaling that the options give or else the checkpoint's pretraining, and the bands; None: RGB photographs."""
     from toolkit.files import read_described  # here: they load PyTorch
-    from toolkit.images.bands import bands_of
+    from toolkit.images.bands import bands_of, known_scaling
     from toolkit.models import checkpoints
 
     channels = 3
