@@ -1,4 +1,4 @@
-"""What a run computes and reads once: features (toolkit/images/cache.py) and decoded images (kept.py), bit for bit."""
+"""What a run computes and reads once: features (toolkit/images/cache.py), decoded images (folders.py), bit for bit."""
 
 import errno
 import itertools
@@ -19,7 +19,7 @@ from tests.image_files import oriented, save_image
 from tests.run_folders import tensors
 from toolkit import InputError
 from toolkit.answers import evaluation, tasks
-from toolkit.images import bands, cache, data, folders, kept, transforms
+from toolkit.images import bands, cache, data, folders, transforms
 
 
 @pytest.fixture(autouse=True)
@@ -128,11 +128,11 @@ def test_the_trials_of_a_search_train_on_cached_features(finetune, spy):
     assert sum(len(images) for (_, images), _ in embed.call_args_list) == 21 + 21 + 21 + 15
 
 
-# ----------------------------------------------------------------------------------------------- toolkit/images/kept.py
+# -------------------------------------------------------------------------------------------- toolkit/images/folders.py
 
 
 def test_arrays_stay_while_there_is_room_and_nobody_waits_for_a_lock():
-    arrays = kept.KeptArrays(2, room=40, channels=2, dtype=np.float32)
+    arrays = folders.KeptArrays(2, room=40, channels=2, dtype=np.float32)
     first, second = np.arange(6, dtype=np.float32).reshape(1, 3, 2), np.full((1, 2, 2), 7, np.float32)
     arrays.put(0, 0, first)
     arrays.put(0, 4, second)  # another version, and the last byte
@@ -188,7 +188,7 @@ def test_what_a_process_of_a_loader_has_decoded_no_other_decodes_again(files, sp
 
 
 def test_sources_share_the_room_alike_however_few_of_their_images_are_used(monkeypatch, tmp_path):
-    monkeypatch.setattr(kept, "KEPT_BYTES", 4_000)
+    monkeypatch.setattr(folders, "KEPT_BYTES", 4_000)
     few, many = (folders.ImageFiles(tmp_path, ["x.png"] * count) for count in (1, 3))
     parts = data.LabelledImages(many).split(np.array([True, False, False]))  # of one source
     data.keep_decoded(*parts, data.LabelledImages(few), data.LabelledImages(torch.zeros(2)))

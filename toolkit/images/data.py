@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from toolkit import distributed
-from toolkit.images import folders, kept, shards, transforms
+from toolkit.images import folders, shards, transforms
 from toolkit.images.bands import Bands
 
 UNLABELLED = -1  # the label of an image without one
@@ -134,7 +134,7 @@ def keep_decoded(*sets: LabelledImages | None) -> None:
     """From now on decode the files of these images once each, as far as they fit into KEPT_BYTES."""
     sources = {images.source for images in sets if images is not None and images.in_files}
     for source in sources:
-        source.keep(kept.KEPT_BYTES // len(sources))
+        source.keep(folders.KEPT_BYTES // len(sources))
 
 
 def copies(images: LabelledImages, others: LabelledImages) -> dict[str, str]:

@@ -1,6 +1,8 @@
-"""Image files: finding them below a folder, keeping their names in little memory, and opening them."""
+"""Image files: finding them below a folder, keeping their names in little memory, opening and remembering them."""
 
 import contextlib
+import mmap
+import multiprocessing
 import os
 import posixpath
 import re
@@ -15,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from toolkit import InputError, choices, listed, printable
-from toolkit.images import dicom, kept, remote
+from toolkit.images import dicom, remote
 from toolkit.images.bands import ARRAY_SUFFIXES, Bands, WrongBands, decoded, open_image
 
 # The first frame of an animated file is the image.
@@ -24,6 +26,42 @@ IMAGE_SUFFIXES += dicom.SUFFIXES
 # What network drives, archivers and systems put among images: thumbnails, deleted files.
 _OF_SYSTEMS = {"@eaDir", "#recycle", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 _PART_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing", "eval"}
+KEPT_BYTES = 2**30  # at the most, of decoded images, which a process and those that load for it read some ten times
+VERSIONS = 5  # of an image: as it is, or a JPEG decoded at 1, 1/2, 1/4, 1/8 of its size
+
+
+class KeptArrays:
+    """Arrays (H, W, channels) by an image's number and version, while there is room. Forked processes share them."""
+
+    def __init__(self, images: int, room: int, channels: int = 3, dtype: type = np.uint8):
+        self.channels = channels
+        self.dtype = np.dtype(dtype)
+        self.memory = mmap.mmap(-1, room)  # what is never written to takes no memory
+        self.used = np.ndarray(1, np.int64, mmap.mmap(-1, 8))  # bytes
+        places = mmap.mmap(-1, 24 * VERSIONS * images)
+        self.places = np.ndarray((images, VERSIONS, 3), np.int64, places)  # first byte, height, width; 0: none
+        # Nobody waits for it: a process that was killed may have left it locked.
+        self.lock = multiprocessing.Lock()
+
+    def get(self, image: int, version: int) -> np.ndarray | None:
+        """A copy of what was put there, if that is here."""
+        if not self.lock.acquire(block=False):
+            return None
+        first, height, width = self.places[image, version].tolist()
+        self.lock.release()
+        if height == 0:
+            return None
+        return np.ndarray((height, width, self.channels), self.dtype, self.memory, first).copy()
+
+    def put(self, image: int, version: int, array: np.ndarray) -> None:
+        if not self.lock.acquire(block=False):
+            return
+        first = int(self.used[0])
+        if first + array.nbytes <= len(self.memory):
+            np.ndarray(array.shape, self.dtype, self.memory, first)[:] = array
+            self.used[0] += array.nbytes
+            self.places[image, version] = first, *array.shape[:2]
+        self.lock.release()
 
 
 class ImageFiles(Dataset):
@@ -33,7 +71,7 @@ class ImageFiles(Dataset):
         self.folder = str(folder)
         self.names = list(names)  # paths relative to the folder, with / between the parts
         self.bands = bands  # what is read of files that are no RGB photographs
-        self.kept: kept.KeptArrays | None = None  # what was decoded since `keep` was called
+        self.kept: KeptArrays | None = None  # what was decoded since `keep` was called
 
     def __len__(self) -> int:
         return len(self.names)
@@ -62,7 +100,7 @@ class ImageFiles(Dataset):
         """From now on decode each image once, and keep it in memory, up to `room` bytes of all."""
         kind = () if self.bands is None else (self.bands.channels, np.float32)
         with contextlib.suppress(OSError):  # the machine does not give so much
-            self.kept = kept.KeptArrays(len(self), room, *kind)
+            self.kept = KeptArrays(len(self), room, *kind)
 
     def opened(self, i: int) -> Image.Image:
         return open_image(self.path(i))
