@@ -18,7 +18,8 @@ _MOCO_V3 = "https://dl.fbaipublicfiles.com/moco-v3"
 _LANDSAT = "https://hf.co/torchgeo/ssl4eo_landsat/resolve/1c88bb51b6e17a21dde5230738fa38b74bd74f76"
 
 
-def _geo(name: str, commit: str, digest: str) -> tuple[str, str]:
+def _geo(arch: str, satellite: int, commit: str, digest: str) -> tuple[str, str]:
+    name = f"{arch}_sentinel{satellite}_all_moco"
     return f"https://hf.co/torchgeo/{name}/resolve/{commit}/{name}-{digest}.pth", digest
 
 
@@ -30,12 +31,10 @@ PUBLISHED = {
     "moco-v3-resnet50": (f"{_MOCO_V3}/r-50-1000ep/r-50-1000ep.pth.tar", ""),
     "moco-v3-vit-small": (f"{_MOCO_V3}/vit-s-300ep/vit-s-300ep.pth.tar", ""),
     "moco-v3-vit-base": (f"{_MOCO_V3}/vit-b-300ep/vit-b-300ep.pth.tar", ""),
-    "sentinel1-resnet50": _geo("resnet50_sentinel1_all_moco", "e79862c667853c10a709bdd77ea8ffbad0e0f1cf", "906e4356"),
-    "sentinel2-resnet18": _geo("resnet18_sentinel2_all_moco", "5b8cddc9a14f3844350b7f40b85bcd32aed75918", "59bfdff9"),
-    "sentinel2-resnet50": _geo("resnet50_sentinel2_all_moco", "da4f3c9dbe09272eb902f3b37f46635fa4726879", "df8b932e"),
-    "sentinel2-vit-small": _geo(
-        "vit_small_patch16_224_sentinel2_all_moco", "1cb683f6c14739634cdfaaceb076529adf898c74", "67c9032d"
-    ),
+    "sentinel1-resnet50": _geo("resnet50", 1, "e79862c667853c10a709bdd77ea8ffbad0e0f1cf", "906e4356"),
+    "sentinel2-resnet18": _geo("resnet18", 2, "5b8cddc9a14f3844350b7f40b85bcd32aed75918", "59bfdff9"),
+    "sentinel2-resnet50": _geo("resnet50", 2, "da4f3c9dbe09272eb902f3b37f46635fa4726879", "df8b932e"),
+    "sentinel2-vit-small": _geo("vit_small_patch16_224", 2, "1cb683f6c14739634cdfaaceb076529adf898c74", "67c9032d"),
     "landsat-tm-toa-resnet18": (f"{_LANDSAT}/resnet18_landsat_tm_toa_moco-1c691b4f.pth", "1c691b4f"),
     "landsat-tm-toa-resnet50": (f"{_LANDSAT}/resnet50_landsat_tm_toa_moco-ba1ce753.pth", "ba1ce753"),
     "landsat-etm-toa-resnet18": (f"{_LANDSAT}/resnet18_landsat_etm_toa_moco-bb88689c.pth", "bb88689c"),
