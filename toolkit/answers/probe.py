@@ -68,13 +68,12 @@ def set_head(model: nn.Module, probe: Probe) -> Probe:
     return probe
 
 
-@torch.no_grad()
 def choose_temperature(
     model: nn.Module, features: Tensor, loss: Callable[[Tensor], Tensor], features_train: bool, towards: Tensor | float
 ) -> HeadTemperature:
     """The temperature for the head of `model`, which is the probe, by the loss of logits (N, K) for features (N, D)."""
     # On augmented training images (arXiv 1706.04599): training is not to begin by taking back the probe's confidence.
-    logits = linear_head(model)(features) - towards
+    logits = head_outputs(model, features) - towards
     least = min(TEMPERATURES, key=lambda t: loss(logits / t + towards).item())
     # Adam moves each weight by about the rate in a step: the larger the weights, the more that does to the loss.
     # Logits are divided as far as they are from `towards`.

@@ -76,9 +76,6 @@ class Bands(NamedTuple):
             raise WrongBands(f"it has {count} bands, {takes})")
         return array
 
-    def scaled(self, image: torch.Tensor) -> torch.Tensor:
-        return image / self.scale
-
     def picture(self, image: torch.Tensor) -> np.ndarray:
         """A picture of an image (C, H, W): its likely colours as (H, W, 3) from 0 to 1, 2% clipped at each end."""
         likely = [0, 1, 2][: max(1, self.channels // 3 * 3)]

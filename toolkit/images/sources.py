@@ -116,8 +116,7 @@ def _parts(source: Source, needs_val: bool) -> tuple[list[LabelledImages], list[
     """The one part or two of a source, the second empty if it need not be read, and the names as of `Splits`."""
     if source.truth == "mask":
         places = source.lists or pair_places(source.data_dir, source.val_dir, needs_val)
-        read = source.masks or MaskReader(None)
-        return load_pairs(places, 1 + needs_val, source.bands, read, source.skip_unreadable)
+        return load_pairs(places, 1 + needs_val, source.bands, source.masks or MaskReader(None), source.skip_unreadable)
     if source.lists:
         return _labelled_parts(source.lists, source)
     if source.truth != "class":

@@ -185,7 +185,8 @@ def eval_transform(image_size: int | None, mean=IMAGENET_MEAN, std=IMAGENET_STD,
 
 
 def _tensor(mean=IMAGENET_MEAN, std=IMAGENET_STD, bands: Bands | None = None) -> list[Callable]:
-    return [T.ToTensor() if bands is None else bands.scaled, T.Normalize(mean, std, inplace=True)]
+    levels = T.ToTensor() if bands is None else partial(torch.div, other=bands.scale)
+    return [levels, T.Normalize(mean, std, inplace=True)]
 
 
 def shorter_side(image_size: int) -> int:
