@@ -38,8 +38,7 @@ from lora import adapted, adapter_file, adapter_set, attention, backends, functi
 from lora.adapted import ADAPTED, NO_ADAPTER, LoRASettings, is_adapted, recorded_in_4_bits, recorded_settings
 from lora.followed_norms import AdapterStatistics, folded_norm, follow_statistics, followers, own_statistics, settle
 from lora.fusion import fuse, set_gradient_checkpointing, split_model
-from lora.nf4 import NF4Weight
-from lora.weights import Weight
+from lora.weights import NF4Weight, Weight
 from lora_utils import LoRAManager, base_digests, count_parameters, full_rank, read_adapter_file, trained_state
 from toolkit import SHIPPED as DEFAULT_CHECKPOINT  # noqa: F401
 from toolkit import InputError, attributes, choices, config, devices, distributed, dotted, listed, printable, same_file

@@ -62,7 +62,7 @@ from lora import backends, functional, fusion
 from lora.adapted import choose_layers
 from lora.followed_norms import follow_statistics
 from lora.fusion import set_gradient_checkpointing
-from lora.nf4 import bitsandbytes_functional
+from lora.weights import bitsandbytes_functional
 from lora_utils import LoRAManager
 from toolkit import InputError, homed
 from toolkit.answers.probe import linear_head

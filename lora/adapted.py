@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torchvision.models.swin_transformer import ShiftedWindowAttention
 
-from lora import backends, nf4
+from lora import backends, weights
 from toolkit import InputError, listed
 from toolkit.models.backbones import PATCH_EMBEDDINGS, block_names, in_head, unwrapped
 
@@ -177,7 +177,7 @@ def check_stored_bits(model: nn.Module, chosen: Mapping, use_qlora: bool, base_d
                 raise InputError(f"the classifier head {name} trains, so it cannot be in 4 bits: leave it out")
             if any(p.dtype == torch.float64 for p in layer.parameters()):
                 raise InputError(f"{name} is in float64, which has no 4-bit form: call model.float() first")
-        nf4.bitsandbytes_functional()
+        weights.bitsandbytes_functional()
     in_8_bits = {n: layer for n, layer in chosen.items() if base_dtype == torch.int8 and rounds(layer, base_dtype)}
     if base_dtype == torch.int8 and not in_8_bits:
         raise InputError("8 bits are for linear layers and attention; none is to be adapted: use --arithmetic float")

@@ -14,8 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from finetune_lora import LoRAConv2d, LoRALinear
 from lora import backends, functional
 from lora.functional import effective_weight, lora_conv2d, lora_linear, max_pool2d_relu
-from lora.nf4 import NF4Weight, bitsandbytes_functional
-from lora.weights import Weight
+from lora.weights import NF4Weight, Weight, bitsandbytes_functional
 
 SCALING = 1.7
 random = torch.randn
