@@ -33,9 +33,8 @@ def adapter_lr_factor(r: int, most: float = math.inf) -> float:
 def start_at_gradient(model: nn.Module, backward: Callable[[], None], seed: int = 0) -> None:
     """Start the adapters of `model` at its gradient, in place, without changing the model's output: B becomes zero.
 
-    `backward` adds up the gradients of a few hundred images: see docs/python.md. Call it after the head has its
-    starting values (`toolkit.answers.probe`), and in eval mode to leave dropout out. An adapter without a finite
-    gradient is left unchanged; all are if `backward` raises.
+    `backward` adds up the gradients of a few hundred images (docs/python.md). Call it when the head has its start, and
+    in eval mode to leave dropout out. Adapters without a finite gradient stay unchanged; all do if `backward` raises.
     """
     trained = [(A, B) for A, B in adapter_pairs(model) if A.requires_grad]
     if not trained:

@@ -326,8 +326,7 @@ def part_to_evaluate(folder: Path, class_names: Sequence[str]) -> Path:
 def labelled(place: Path | ImageList, bands: Bands | None, truth: str, known: Sequence[str], other: Any) -> Named:
     """The images of a place, and the names of their classes, labels or numbers: those `known` of `other`, or their own.
 
-    A place is a list, or a folder with class folders or with archives. `truth` is one of `choices.TRUTHS`, but no mask.
-    Raises InputError for other names than are known.
+    A place is a list, or a folder of class folders or archives. `truth` is no mask. InputError for names not `known`.
     """
     if isinstance(place, ImageList):
         if truth != "class":

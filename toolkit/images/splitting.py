@@ -1,7 +1,6 @@
 """How a set is divided: at which positions its training, evaluation and validation images stand.
 
-A division never depends on a run's seed. Images of one group, such as a patient, stay on one side. `labels` (N,) say
-which images are alike: each side gets its share of each label.
+A run's seed changes none. Groups, such as patients, stay on one side; each side has its share of each of `labels` (N,).
 """
 
 import hashlib

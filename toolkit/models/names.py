@@ -1,7 +1,6 @@
 """Models by their names: what `--arch` and `--checkpoint` may say. PyTorch is loaded only where a name needs it.
 
-A model of timm is named as `timm:vit_small_patch14_dinov2`, by its name in `timm.list_models()` and, if any, its tag.
-As a checkpoint this name stands for the weights that timm publishes for it.
+A model of timm is `timm:` and its name, as in `timm.list_models()`; as a checkpoint that stands for timm's weights.
 """
 
 import importlib.util
