@@ -15,7 +15,6 @@ _SCALE = 33550
 _TIE_POINTS = 33922
 _MATRIX = 34264
 _KEYS = {34735: "H", 34736: "d", 34737: "s"}
-_RASTER_TYPE = "GTRasterTypeGeoKey"
 _POINT = 2  # a raster type: positions are of pixels' centres, not of their upper left corners
 _GDAL_METADATA = 42112  # tags of GDAL
 _GDAL_NODATA = 42113
@@ -31,7 +30,7 @@ def georeference(path: str | None, step: int = 1) -> Iterator[tuple]:
         page = file.pages[0]
         found = {code: page.tags[code].value for code in (_SCALE, _TIE_POINTS, _MATRIX, *_KEYS) if code in page.tags}
         shift = 0.0  # of the first pixel's place, in pixels
-        if (page.geotiff_tags or {}).get(_RASTER_TYPE) == _POINT:
+        if (page.geotiff_tags or {}).get("GTRasterTypeGeoKey") == _POINT:
             shift = (step - 1) / 2
     if _SCALE in found:
         found[_SCALE] = np.array(found[_SCALE]) * (step, step, 1)

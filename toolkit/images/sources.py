@@ -101,7 +101,10 @@ def load_splits(
     if source.group_by is not None:
         _group(parts, source)
     if source.skip_unreadable:
-        parts = _readable_parts(parts, source.truth, class_names)
+        known_labels = set(parts[0].labels)
+        parts = list(map(readable, parts))
+        if source.truth == "class" and (gone := known_labels - set(parts[0].labels)):
+            raise InputError(f"no training image of {_names(gone, class_names)} can be read: repair or drop the class")
     splits = Splits(*_divide(parts, eval_split, folds, source.group_by), class_names)
     _tell(splits, source, needs_val, for_training_only)
     if labels_per_class is not None:
@@ -139,15 +142,6 @@ def _labelled_parts(places: Sequence, source: Source) -> tuple[list[LabelledImag
     if len(parts) < len(places):
         parts.append(parts[0].subset([]))
     return parts, class_names
-
-
-def _readable_parts(parts: Sequence[LabelledImages], truth: str, names: Sequence[str]) -> list[LabelledImages]:
-    """The images of each part that can be read. Raises InputError where a class loses all its training images."""
-    kept = list(map(readable, parts))
-    gone = set(parts[0].labels) - set(kept[0].labels)
-    if gone and truth == "class":
-        raise InputError(f"no training image of {_names(gone, names)} can be read: repair or drop the class")
-    return kept
 
 
 def _group(parts: Sequence[LabelledImages], source: Source) -> None:
