@@ -877,11 +877,11 @@ def train(run: "FineTuning", after_epoch: Callable[["FineTuning"], None] | None 
                     unread.append((step.images, sums))
                     if len(unread) == run.steps_read_together or step.is_last:
                         verdict = run.note_steps(unread, bar)
-                        if isinstance(verdict, GoBack) or run.stop.is_due:
+                        if isinstance(verdict, GoBack):
                             break
+                        run.stop.check()
 
                 if isinstance(verdict, Keep):
-                    run.stop.check()
                     trained = run.evaluate_watched()
                     verdict = run.guard.after_epoch(trained, run.still_sure)
                 if isinstance(verdict, Keep):

@@ -119,9 +119,7 @@ def train(run: "Pretraining") -> None:
                     is_last = number + 1 == (run.epoch + 1) * run.steps_per_epoch
                     if len(unread) == run.steps_read_together or is_last:
                         run.note_steps(unread, bar)
-                        if run.stop.is_due:
-                            break
-                run.stop.check()
+                        run.stop.check()
             run.end_epoch()
 
 

@@ -61,13 +61,10 @@ class StopRequests:
             raise KeyboardInterrupt
         self.signum = signum
 
-    @property
-    def is_due(self) -> bool:
-        """Was this process asked to stop? Or any of several, as soon as all know: they must stop at the same step."""
-        return self.others_asked if distributed.world_size() > 1 else self.signum > 0
-
     def check(self) -> None:
-        if self.is_due:
+        """Raise Stopped if this process was asked to stop; of several, if any was and all know: at the same step."""
+        is_due = self.others_asked if distributed.world_size() > 1 else self.signum > 0
+        if is_due:
             raise Stopped(self.signum or signal.SIGTERM)
 
     def checked(self, batches: Iterable) -> Iterable:
