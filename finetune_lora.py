@@ -52,7 +52,7 @@ from toolkit.models.dense import DenseModel
 from toolkit.models.names import RESNETS
 from toolkit.models.norms import FOLDING, NORMS, constants_kept, freeze_statistics, share_statistics
 from toolkit.run import folds, guard, optim, options, output_folder, reports, run_state, runs, search, teacher, training
-from toolkit.run.guard import Collapsed, GoBack, Guard, Keep
+from toolkit.run.guard import Collapsed, GoBack, Guard
 from toolkit.run.loaders import NORMS_IMAGES, Loaders, load_images, steps_of_epoch
 from toolkit.run.run_state import RunState, StateEntry, copy_to_cpu
 
@@ -854,42 +854,37 @@ def train(run: "FineTuning", after_epoch: Callable[["FineTuning"], None] | None 
         while len(run.history) < args.epochs:
             epoch = len(run.history) + 1
             progress = run.begin_epoch()
-            verdict = Keep()
             unread = []  # the images of each step, and its sums: see `training.read_figures`
             run.model.train()
             title = f"epoch {epoch}/{args.epochs}"
             total = run.loaders.train.batch_sampler.drawn
             bar = runs.progress_bar(title=title, total=total, initial=progress.images, unit="img")
-            with progress.timed(), bar:
-                for step in run.loaders.steps(epoch, progress.steps):
-                    run.optimizer.zero_grad(set_to_none=True)
-                    # Gradients are averaged over processes; it is their sum that belongs to all the images.
-                    sums = run.add_gradients(step, distributed.world_size() / step.images)
-                    if args.clip_grad_norm is not None:
-                        run.scaler.unscale_(run.optimizer)
-                        nn.utils.clip_grad_norm_(run.model.parameters(), args.clip_grad_norm)
-                    run.scaler.step(run.optimizer)
-                    run.scaler.update()
-                    run.schedule.step()
-                    if run.teacher is not None:
-                        run.teacher.after_step()
+            try:
+                with progress.timed(), bar:
+                    for step in run.loaders.steps(epoch, progress.steps):
+                        run.optimizer.zero_grad(set_to_none=True)
+                        # Gradients are averaged over processes; it is their sum that belongs to all the images.
+                        sums = run.add_gradients(step, distributed.world_size() / step.images)
+                        if args.clip_grad_norm is not None:
+                            run.scaler.unscale_(run.optimizer)
+                            nn.utils.clip_grad_norm_(run.model.parameters(), args.clip_grad_norm)
+                        run.scaler.step(run.optimizer)
+                        run.scaler.update()
+                        run.schedule.step()
+                        if run.teacher is not None:
+                            run.teacher.after_step()
 
-                    unread.append((step.images, sums))
-                    if len(unread) == run.steps_read_together or step.is_last:
-                        verdict = run.note_steps(unread, bar)
-                        if isinstance(verdict, GoBack):
-                            break
-                        run.stop.check()
+                        unread.append((step.images, sums))
+                        if len(unread) == run.steps_read_together or step.is_last:
+                            run.note_steps(unread, bar)
+                            run.stop.check()
 
-                if isinstance(verdict, Keep):
                     trained = run.evaluate_watched()
-                    verdict = run.guard.after_epoch(trained, run.still_sure)
-                if isinstance(verdict, Keep):
-                    if verdict.start:
+                    if run.guard.after_epoch(trained, run.still_sure):
                         run.evaluate_watched(at_start=True)
                     result = run.evaluate_kept(run.stop.checked(run.loaders.val))
-            if isinstance(verdict, GoBack):
-                run.go_back(verdict.why)
+            except GoBack as verdict:
+                run.go_back(str(verdict))
             else:
                 run.end_epoch(trained, result)
                 if after_epoch is not None:
@@ -1105,8 +1100,8 @@ class FineTuning(RunState):
                 self.last_good = copy_to_cpu({"epochs": len(self.history), "state": self.trained(), "best": best})
         return self.progress
 
-    def note_steps(self, unread: list[tuple[int, list[Tensor]]], bar: tqdm) -> Keep | GoBack:
-        """Count steps, show them, and ask the guard about each."""
+    def note_steps(self, unread: list[tuple[int, list[Tensor]]], bar: tqdm) -> None:
+        """Count steps, show them, and ask the guard about each, which may raise GoBack."""
         for images, (loss, plain, correct) in training.read_figures(unread, self.stop):
             self.progress.add(images, int(correct), plain)
             bar.set_postfix(self.progress.shown() | self.meter.shown(), refresh=False)
@@ -1114,10 +1109,7 @@ class FineTuning(RunState):
             if not self.history and self.progress.steps == 1 and (unused := lora_utils.unused_adapters(self.model)):
                 tqdm.write(f"no gradient reaches the adapters of {listed(unused)}: leave them out by --target-modules")
             self.guard.note_step(plain / images if math.isfinite(loss) else loss)
-            verdict = self.guard.after_step()
-            if isinstance(verdict, GoBack):
-                return verdict
-        return Keep()
+            self.guard.after_step()
 
     def end_epoch(self, trained: tasks.Answers, result: tasks.Answers) -> None:
         """Note an epoch that stays, by the guard's images with the trained weights; print it, and write its files."""
@@ -1150,7 +1142,7 @@ class FineTuning(RunState):
         self.progress = None
         if len(self.guard.retreats) > guard.RETREATS:
             self.save()
-            raise Collapsed(epoch, rate, len(self.history), self.path("lora.pth"), finish(self))
+            raise Collapsed(epoch, rate, len(self.history), self.path("lora.pth"), finish(self)) from None
         self.rate /= guard.RETREAT_FACTOR
         optim.lower_rates(self.schedule, guard.RETREAT_FACTOR)
         if not self.history:  # the head need not be so soft, and then its gradient is another
@@ -1260,7 +1252,7 @@ class TrialRun(FineTuning):
         return contextlib.nullcontext()
 
     def go_back(self, why: str) -> None:
-        raise Collapsed(len(self.history) + 1, self.rate, 0, self.path("lora.pth"), {})
+        raise Collapsed(len(self.history) + 1, self.rate, 0, self.path("lora.pth"), {}) from None
 
 
 if __name__ == "__main__":

@@ -18,10 +18,10 @@ from toolkit.answers import evaluation, measures, probe, tasks
 from toolkit.answers.evaluation import Evaluation, all_outputs
 from toolkit.images.data import LabelledImages, Transformed
 from toolkit.run import guard, loaders
-from toolkit.run.guard import Collapsed, GoBack, Guard, Keep
+from toolkit.run.guard import Collapsed, GoBack, Guard
 
-COLLAPSED = GoBack("training collapsed")
-NO_GAIN = GoBack("training gains nothing")
+COLLAPSED = "training collapsed"
+NO_GAIN = "training gains nothing"
 OF_LABELS = "--task multilabel --data-dir {0} --data-list {0}/labels.csv --group-by Patient"  # of the hospital
 
 
@@ -68,32 +68,41 @@ def guard_with_a_start() -> Guard:
 WORSE = answers(0.78, 1.1)
 
 
+def told(ask: Callable, *given: Evaluation | bool | None) -> bool | str | None:
+    """What the guard answers, or why the run is to go back."""
+    try:
+        return ask(*given)
+    except GoBack as verdict:
+        return str(verdict)
+
+
 @pytest.mark.parametrize(
-    ("trained", "still_sure", "verdict"),
+    ("trained", "still_sure", "does_harm"),
     [
-        (answers(0.9, 0.5), None, Keep()),
-        (answers(0.8, 3.5), None, Keep()),  # a higher loss alone is no harm, nor a collapse
+        (answers(0.9, 0.5), None, False),
+        (answers(0.8, 3.5), None, False),  # a higher loss alone is no harm, nor a collapse
         (answers(0.5, 0.9), None, COLLAPSED),
         (answers(0.9, math.nan), None, COLLAPSED),
-        (answers(0.795, 1.1), None, Keep()),  # half a point may be one view
-        (WORSE, None, Keep(start=True)),
+        (answers(0.795, 1.1), None, False),  # half a point may be one view
+        (WORSE, None, True),
         # Where images without labels train they watch too; the start answers more of the labelled ones than of others
-        (answers(0.75, 0.9), None, Keep(start=True)),
-        (answers(0.75, 0.9), True, Keep()),
-        (answers(0.75, 1.0), True, Keep(start=True)),
-        (answers(0.9, 0.9), False, Keep(start=True)),
+        (answers(0.75, 0.9), None, True),
+        (answers(0.75, 0.9), True, False),
+        (answers(0.75, 1.0), True, True),
+        (answers(0.9, 0.9), False, True),
     ],
 )
-def test_what_becomes_of_an_epoch(trained, still_sure, verdict):
+def test_what_becomes_of_an_epoch(trained, still_sure, does_harm):
     """By the start, not by the best since. Asked once or twice, the guard answers the same and is the same."""
     judge = guard_with_a_start()
     judge.scores.append(0.9)
     before = copy.deepcopy(judge.state_dict())
-    assert judge.after_epoch(trained, still_sure) == judge.after_epoch(trained, still_sure) == verdict
+    for _ in range(2):
+        assert told(judge.after_epoch, trained, still_sure) == does_harm
     assert judge.state_dict() == before
 
 
-@pytest.mark.parametrize("kind, verdict", [(tasks.Segmentation, NO_GAIN), (tasks.Classification, Keep(start=True))])
+@pytest.mark.parametrize("kind, verdict", [(tasks.Segmentation, NO_GAIN), (tasks.Classification, True)])
 def test_with_masks_a_run_that_would_end_with_its_start_goes_back(kind, verdict):
     """Not before its last epoch: later ones may mend what the first ones harm. Of whole images a start is a result."""
     watched = LabelledImages([None] * 400, [0] * 400, targets=torch.ones(400, 2))
@@ -102,9 +111,9 @@ def test_with_masks_a_run_that_would_end_with_its_start_goes_back(kind, verdict)
     judge.note_start(None, answers(0.8, loss=1.0))
     judge.note_step(1.0)
     for _ in range(2):
-        assert judge.after_epoch(worse) == Keep(start=True)
+        assert judge.after_epoch(worse)
         judge.note_epoch(worse, does_harm=True)
-    assert judge.after_epoch(worse) == verdict
+    assert told(judge.after_epoch, worse) == verdict
 
 
 def test_what_a_guard_has_noted_comes_back_with_its_state():
@@ -127,10 +136,10 @@ def test_a_retreat_forgets_the_losses_that_it_undoes(losses):
     judge = guard_of(100, [0.8])
     for loss in losses:
         judge.note_step(loss)
-    assert judge.after_step() == COLLAPSED
+    assert told(judge.after_step) == COLLAPSED
     judge.note_retreat(1, 1e-3, good_epochs=0, seconds=5.0)
     judge.note_step(1.0)
-    assert judge.after_step() == Keep() and judge.recent_loss == judge.first_loss == 1.0
+    assert told(judge.after_step) is None and judge.recent_loss == judge.first_loss == 1.0
 
 
 def test_an_epoch_that_did_harm_is_no_state_to_go_back_to_unless_there_is_no_start_to_keep(start):
@@ -144,7 +153,7 @@ def test_an_epoch_that_did_harm_is_no_state_to_go_back_to_unless_there_is_no_sta
     for options in ("--head-init random", "--lora-rank 0 --no-freeze-backbone"):
         run = start(options)
         assert not run.guard.has_start and not run.kept.may_be_start
-    assert guard_of(100, [0.8]).after_epoch(WORSE) == Keep()
+    assert not guard_of(100, [0.8]).after_epoch(WORSE)
 
 
 @pytest.mark.parametrize("batch, pixels, at_once", [(5, 16, 128), (5, 128, 32), (200, 16, 200)])
@@ -286,10 +295,10 @@ def test_numbers_that_the_probe_knows_nothing_of_do_not_collapse_by_chance(start
 @pytest.mark.parametrize(
     ("worst", "losses", "last"),
     [
-        (None, [2.0, 15.0], Keep()),  # 0.8 x 2 + 0.2 x 15 is below twice the loss of a constant answer, log(10)
+        (None, [2.0, 15.0], None),  # 0.8 x 2 + 0.2 x 15 is below twice the loss of a constant answer, log(10)
         (None, [2.0, 15.1], COLLAPSED),
         (None, [math.nan], COLLAPSED),
-        (9.0, [8.0, 54.7], Keep()),  # the start was worse than a constant answer
+        (9.0, [8.0, 54.7], None),  # the start was worse than a constant answer
         (9.0, [8.0, 54.9], COLLAPSED),
     ],
 )
@@ -300,9 +309,9 @@ def test_a_loss_that_explodes_is_seen_within_the_epoch(worst, losses, last):
     for loss in losses:
         judge.note_step(loss)
         before = repr(judge.state_dict())  # NaN is not equal to itself
-        verdicts.append(judge.after_step())
-        assert verdicts[-1] == judge.after_step() and repr(judge.state_dict()) == before
-    assert verdicts == [Keep()] * (len(losses) - 1) + [last]
+        verdicts.append(told(judge.after_step))
+        assert verdicts[-1] == told(judge.after_step) and repr(judge.state_dict()) == before
+    assert verdicts == [None] * (len(losses) - 1) + [last]
 
 
 def test_losses_are_held_against_all_training_images_and_scores_against_the_watched_ones():
@@ -330,11 +339,11 @@ def test_training_that_harms_the_probe_keeps_the_probe(start, monkeypatch):
     assert run.evaluate_watched().score == run.guard.scores[1] < run.guard.scores[0]
 
 
-def verdict_on(judge: Guard, epoch: Evaluation) -> Keep | GoBack:
+def verdict_on(judge: Guard, epoch: Evaluation) -> bool | str:
     """It stays if it may."""
-    verdict = judge.after_epoch(epoch)
-    if isinstance(verdict, Keep):
-        judge.note_epoch(epoch, verdict.start)
+    verdict = told(judge.after_epoch, epoch)
+    if verdict != NO_GAIN:
+        judge.note_epoch(epoch, verdict)
     return verdict
 
 
@@ -344,18 +353,18 @@ def test_the_second_epoch_in_a_row_without_a_gain_is_undone(epochs, second):
     judge = guard_with_a_start()
     judge.epochs = epochs
     for epoch in (WORSE, second, WORSE):
-        assert isinstance(verdict_on(judge, epoch), Keep)
+        assert verdict_on(judge, epoch) != NO_GAIN
     assert verdict_on(judge, WORSE) == NO_GAIN
 
 
 def test_a_run_that_may_not_go_back_again_goes_on_without_a_gain():
     judge = guard_with_a_start()
     for _ in range(3):
-        assert verdict_on(judge, WORSE) == Keep(start=True)
+        assert verdict_on(judge, WORSE) is True
         assert verdict_on(judge, answers(0.78, 1.0)) == NO_GAIN  # by a loss that is no lower
         judge.note_retreat(2, 1e-3, good_epochs=0, seconds=1.0)
     assert judge.lost_seconds == 3.0
-    assert [verdict_on(judge, WORSE) for _ in range(4)] == [Keep(start=True)] * 4
+    assert [verdict_on(judge, WORSE) for _ in range(4)] == [True] * 4
 
 
 def test_a_run_goes_back_to_an_eighth_of_the_rate_and_at_last_stops(finetune, images, monkeypatch, tmp_path, capsys):

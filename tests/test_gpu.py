@@ -152,8 +152,10 @@ def test_operands_on_two_devices_and_what_is_not_written_yet_show():
 def test_a_run_in_float16_goes_back_when_it_collapses(finetune, monkeypatch):
     after_step = guard.Guard.after_step
 
-    def collapses_once(judge: guard.Guard) -> guard.Keep | guard.GoBack:
-        return after_step(judge) if judge.retreats else guard.GoBack("training collapsed")
+    def collapses_once(judge: guard.Guard) -> None:
+        if not judge.retreats:
+            raise guard.GoBack("training collapsed")
+        after_step(judge)
 
     monkeypatch.setattr(guard.Guard, "after_step", collapses_once)
     results = finetune("--precision fp16 --epochs 1 --device cuda")

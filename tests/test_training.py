@@ -34,7 +34,7 @@ from toolkit.images.data import LabelledImages, Transformed, build_loader
 from toolkit.models.backbones import headless
 from toolkit.models.norms import freeze_statistics
 from toolkit.run import loaders, optim, output_folder, reports, search, training
-from toolkit.run.guard import Guard, Keep
+from toolkit.run.guard import Guard
 from toolkit.run.options import FineTuneOptions, read_options
 from toolkit.run.search import RATES, Trial, choose
 from toolkit.run.training import MicroBatches
@@ -528,7 +528,7 @@ def test_trials_are_short_and_leave_no_file(finetune, spy, monkeypatch, capsys):
             run.history.append(run.history[0] | {"val_accuracy": 0.25, "val_loss": 7.0})
 
     monkeypatch.setattr(finetune_lora, "train", note)
-    monkeypatch.setattr(Guard, "after_epoch", lambda *_: Keep())
+    monkeypatch.setattr(Guard, "after_epoch", lambda *_: False)
     counted = spy(finetune_lora, "steps_of_epoch")  # which knows of epochs that have more than one pass
     features = spy(finetune_lora.Loaders, "features")
     divisor = spy(optim, "run_divisor")

@@ -28,7 +28,7 @@ from toolkit.devices import CPU
 from toolkit.images import sources
 from toolkit.images.data import LabelledImages, Transformed, build_loader
 from toolkit.run import loaders, reports, runs, teacher
-from toolkit.run.guard import Guard, Keep
+from toolkit.run.guard import Guard
 from toolkit.run.optim import weights_replaced
 from toolkit.run.teacher import Teacher
 from toolkit.run.training import MicroBatches
@@ -366,7 +366,7 @@ def test_the_file_has_the_head_of_the_end_and_the_run_goes_on_with_its_own(finet
     monkeypatch.setattr(classification, "last_head", lambda *_: constant)
     calibrate = mock.Mock(return_value=False)
     monkeypatch.setattr(FineTuning, "calibrate", calibrate)
-    monkeypatch.setattr(Guard, "after_epoch", lambda *_: Keep())
+    monkeypatch.setattr(Guard, "after_epoch", lambda *_: False)
     results = finetune(f"--labels-per-class 5 --unlabelled {images} --epochs 1")
     assert list(results["accuracy_per_class"].values()) == [0, 1, 0]
     file = read_adapter_file(results["folder"] / "lora.pth")
@@ -376,7 +376,7 @@ def test_the_file_has_the_head_of_the_end_and_the_run_goes_on_with_its_own(finet
 
 
 def test_the_guard_is_told_whether_what_was_sure_stays_so(finetune, images, monkeypatch):
-    asked = mock.Mock(return_value=Keep(start=True))
+    asked = mock.Mock(return_value=True)
     told = mock.Mock(side_effect=[True, False, True])  # of the start, the epoch, and the start again, which is kept
     monkeypatch.setattr(Guard, "after_epoch", asked)
     monkeypatch.setattr(Teacher, "still_sure", told)

@@ -6,7 +6,7 @@ loss, and answers as if it saw no image. Only training images are looked at: oth
 
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from toolkit import InputError, attributes
 from toolkit.answers.tasks import Answers, Task
@@ -33,16 +33,8 @@ class Collapsed(InputError):
         self.results = results
 
 
-class Keep(NamedTuple):
-    """The epoch stays. With `start` the weights before training are saved, which answer the guard's images better."""
-
-    start: bool = False
-
-
-class GoBack(NamedTuple):
-    """The run goes back to its last good state, and on at a lower rate."""
-
-    why: str
+class GoBack(Exception):
+    """The run is to go back to its last good state, and on at a lower rate. The message says why."""
 
 
 class Guard:
@@ -75,28 +67,27 @@ class Guard:
             self.first_loss = self.recent_loss = loss
         self.recent_loss = LOSS_DECAY * (self.recent_loss or 0.0) + (1 - LOSS_DECAY) * loss
 
-    def after_step(self) -> Keep | GoBack:
-        """Go back if the recent loss is above twice a constant answer's, or of the start if that is higher."""
-        if self.recent_loss <= EXPLODED_RATIO * max(self.constant_loss, self.first_loss or 0.0):  # which NaN is not
-            return Keep()
-        return GoBack("training collapsed")
+    def after_step(self) -> None:
+        """Raise GoBack if the recent loss is above twice a constant answer's, or of the start if that is higher."""
+        if not self.recent_loss <= EXPLODED_RATIO * max(self.constant_loss, self.first_loss or 0.0):  # which NaN is not
+            raise GoBack("training collapsed")
 
-    def after_epoch(self, trained: Answers, still_sure: bool | None = None) -> Keep | GoBack:
-        """What becomes of an epoch, by the watched images. `still_sure`: are those without labels, if such train?"""
+    def after_epoch(self, trained: Answers, still_sure: bool | None = None) -> bool:
+        """Did the epoch harm what the start knew, by the watched images? Raises GoBack if it is to be undone."""
         if self.has_collapsed(trained.score, trained.loss):
-            return GoBack("training collapsed")
+            raise GoBack("training collapsed")
         if not self.has_start:
-            return Keep()
+            return False
         does_harm = trained.score < self.scores[0] - HARMLESS_LOSS
-        if still_sure is not None:  # the start was fitted to training images, whose score flatters it; not to these
+        if still_sure is not None:  # of images without labels: the others' score flatters the start, fitted to them
             does_harm = not still_sure or (does_harm and trained.loss >= self.start_loss)
         # Adapters may die without a collapse: two barren epochs in a row count, if later ones may hardly mend them.
         is_due = self.barren_epochs + 1 >= BARREN_EPOCHS and not self.is_early
         if self.task.per_pixel and trained.loss < self.start_loss:  # later epochs may mend it, if there are any
             is_due = len(self.scores) == self.epochs
         if len(self.retreats) < RETREATS and self.is_barren(trained, does_harm) and is_due:
-            return GoBack("training gains nothing")
-        return Keep(start=does_harm)
+            raise GoBack("training gains nothing")
+        return does_harm
 
     def has_collapsed(self, score: float, loss: float) -> bool:
         """Has the score lost much of its best lead over a constant answer, by more than two standard errors?"""
