@@ -157,15 +157,13 @@ class LoRAManager:
     @contextlib.contextmanager
     def disable_lora(self) -> Iterator[None]:
         """Within the `with` block the model computes as if it had no adapters, merged or not."""
-        merged = [conv for conv in followers(self.model) if conv.merged]
-        try:
-            for conv in merged:
-                conv.followed.unmerge()
+        with contextlib.ExitStack() as stack:
+            for conv in followers(self.model):
+                if conv.merged:
+                    stack.callback(conv.followed.merge, conv)
+                    conv.followed.unmerge()
             with temporarily(adapted_layers(self.model).values(), lora_enabled=False):
                 yield
-        finally:
-            for conv in merged:
-                conv.followed.merge(conv)
 
     def unload(self, merge: bool = False) -> nn.Module:
         """Remove all adapters, in use or not, and return the model with its stock layers and blocks.

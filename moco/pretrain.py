@@ -180,8 +180,7 @@ class Pretraining(run_state.RunState):
         if self.args.checkpoint and self.baseline is None:
             self.baseline = self.measure()
             print(f"before training: {describe_measures(self.baseline)}")
-        if self.global_steps == 0:
-            self.save_state()
+        self.save_state()
         is_due = self.history and self.progress is None and self.epoch % self.args.knn_every == 0
         if is_due and self.history[-1]["effective_rank"] is None:  # it was killed while it measured
             self.history[-1] |= self.measure()
