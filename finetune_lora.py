@@ -1129,20 +1129,19 @@ class FineTuning(RunState):
     def go_back(self, why: str) -> None:
         """Go back to the last good state and lower the learning rate. Raises Collapsed after RETREATS times."""
         epoch = len(self.history) + 1
-        rate = self.rate
         temperature = self.temperature
         good, self.last_good = self.last_good, None
         self.kept_outputs = None
         if good["best"] is not None and distributed.is_main():
             save_atomically(good["best"], self.path("lora.pth"))
         undone = sum(training.column(self.history[good["epochs"] :], "seconds")) + self.progress.seconds
-        self.guard.note_retreat(epoch, rate, good["epochs"], undone)
+        self.guard.note_retreat(epoch, self.rate, good["epochs"], undone)
         self.restore(good["state"])
         self.history = self.history[: good["epochs"]]
         self.progress = None
         if len(self.guard.retreats) > guard.RETREATS:
             self.save()
-            raise Collapsed(epoch, rate, len(self.history), self.path("lora.pth"), finish(self)) from None
+            raise Collapsed(epoch, self.rate, len(self.history), self.path("lora.pth"), finish(self)) from None
         self.rate /= guard.RETREAT_FACTOR
         optim.lower_rates(self.schedule, guard.RETREAT_FACTOR)
         if not self.history:  # the head need not be so soft, and then its gradient is another
