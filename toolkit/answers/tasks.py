@@ -66,8 +66,7 @@ def start_head(
 def optimism(task: Task, model: nn.Module, features: Tensor, targets: Tensor) -> float:
     """How many times softer a probe has to be for unseen images than for training images, of views' features (N, D)."""
     # For unseen images it is as soft as it has to be: its strength was chosen by their loss, in cross-validation.
-    views = probe.head_outputs(model, features).cpu()
-    return 1 / task.fitted_temperature(views, targets.cpu(), VIEW_SMOOTHING)
+    return 1 / task.fitted_temperature(probe.head_outputs(model, features).cpu(), targets.cpu(), VIEW_SMOOTHING)
 
 
 def task_of_run(args: argparse.Namespace, splits: Splits, device: torch.device) -> Task:

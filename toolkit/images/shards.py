@@ -62,7 +62,7 @@ def read_shards(folder: Path, bands: Bands | None = None) -> tuple[ShardedImages
     bare = [name for name, text in zip(names, texts, strict=True) if text is None]
     if 0 < len(bare) < len(names):
         raise InputError(f"{folder}: {len(bare)} images in its archives have no label next to them: {listed(bare)}")
-    return ShardedImages(folder, shards, names, np.array(places), bands), [text for text in texts if text is not None]
+    return ShardedImages(folder, shards, names, np.array(places), bands), [] if bare else list(texts)
 
 
 def _members(path: Path, endings: tuple[str, ...]) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
