@@ -30,7 +30,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from lora import adapted, functional, fusion
 from toolkit import InputError, dotted, temporarily
-from toolkit.answers.evaluation import eval_mode
+from toolkit.answers.evaluation import estimate_statistics, eval_mode
 from toolkit.models.norms import FreezableBatchNorm2d, constant_scale_and_shift, unextended
 
 PATCHES = 512  # how many patches C is estimated from
@@ -163,13 +163,9 @@ def own_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None:
     pairs = _adapted_pairs(model)
     norms = list(pairs.values())
     stored = copy.deepcopy([norm.state_dict() for norm in norms])
-    with eval_mode(model), temporarily(norms, frozen=False, momentum=None):  # the mean over all batches
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.train()
-        for batch in batches:
-            if len(batch) > 1:  # an image alone has no variance where an output has one pixel
-                model(batch)
+    some = ((batch, None) for batch in batches if len(batch) > 1)  # one image has no variance in an output of one pixel
+    with temporarily(norms, frozen=False):  # these alone, since all others are frozen
+        estimate_statistics(model, some, next(model.parameters()).device, torch.float32)
     for (conv, norm), of_base in zip(pairs.items(), stored, strict=True):
         own = (norm.running_mean.clone(), norm.running_var.clone())
         norm.load_state_dict(of_base)
