@@ -106,7 +106,6 @@ class _LoRALinear(torch.autograd.Function):
         B = B.to(dtype)
         if bias is not None:
             bias = bias.to(dtype)
-
         h = None
         if not ctx.drops and _merge_pays(weight, dtype, rows.shape[0] * weight.shape[0]):
             merged = effective_weight(weight.dense(dtype, copy=True), A, B, scaling, groups)  # W + s B A
@@ -115,7 +114,6 @@ class _LoRALinear(torch.autograd.Function):
             h = backends.linear(adapter_rows, A)  # x A^T: (N, in) -> (N, groups r)
             y = weight.times(rows, bias)
             _add_update_(y, h, B, scaling, groups)  # x W^T + b + s (x A^T) B^T
-
         if prologue is None:
             read = [adapter_rows.view(x.shape)]
         ctx.save_for_backward(A, B, h, *read)  # h is thin
@@ -260,7 +258,6 @@ class _LoRAConv2d(torch.autograd.Function):
         adapter_x = adapter_x.to(dtype) if ctx.drops else x
         if bias is not None:
             bias = bias.to(dtype)
-
         ctx.factors = scaling  # s g, by which B's rows are multiplied: in float32 if g is
         if row_scale is not None:
             ctx.factors = (row_scale * scaling)[:, None]
@@ -276,7 +273,6 @@ class _LoRAConv2d(torch.autograd.Function):
             y = backends.added_and_rectified(y, residual, relu)
         else:
             y = backends.conv2d(x, _folded_kernel(weight, A, sB, row_scale, dtype), bias, geometry, residual, relu)
-
         if not ctx.follows:  # the derivative of log g alone reads these
             bias = residual = None
         kept = y if relu or ctx.follows else None
@@ -304,7 +300,6 @@ class _LoRAConv2d(torch.autograd.Function):
         g_residual = gy if need_residual else None
         if scale is not None:
             gy = (gy * scale[:, None, None]).to(dtype)
-
         needed = need_adapter_x or (need_x and ctx.side_path and not ctx.drops)
         gA, gB, g_adapter_x = _conv_gradients(gy, adapter_x, A.to(dtype), sB.to(dtype), weight.shape, geometry, needed)
         gx = None
