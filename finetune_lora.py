@@ -849,7 +849,7 @@ def train(run: "FineTuning", after_epoch: Callable[["FineTuning"], None] | None 
     Raises Collapsed after more than `guard.RETREATS` collapses, and Stopped after Ctrl-C or SIGTERM once all is saved.
     """
     args = run.args
-    run.save_start()
+    run.save()  # what makes the run resumable, however soon it is killed
     with run.saved_when_stopped(), constants_kept():
         while len(run.history) < args.epochs:
             epoch = len(run.history) + 1
@@ -1081,13 +1081,6 @@ class FineTuning(RunState):
         """What the head's logits are divided by at the start, at the present learning rate."""
         return self.head_temperature.at(self.rate * self.adapter_lr_factor / self.resnet_lr_factor)
 
-    def save_start(self) -> None:
-        """Write what makes the run resumable, however soon it is killed."""
-        if self.progress is None:
-            self.save()
-        else:
-            self.save_state()
-
     def begin_epoch(self) -> training.Progress:
         """The progress of the epoch that begins or goes on. Remembers the present state if it is good."""
         if self.progress is None:
@@ -1151,10 +1144,10 @@ class FineTuning(RunState):
         print(f"epoch {epoch}: {why}; back to epoch {len(self.history)}, learning rate {self.rate:.1e}")
 
     def save(self) -> None:
-        """Write the files of a finished epoch; with --keep-best `lora.pth` stays a better one's."""
+        """Write the files of a finished epoch, or a part's state; with --keep-best `lora.pth` stays a better one's."""
         path = self.path("lora.pth")
         is_best = training.last_is_best(self.history, self.task.best_by.get(self.args.keep_best)) or not path.exists()
-        if is_best and distributed.is_main():
+        if is_best and self.progress is None and distributed.is_main():
             with self.kept.in_place():
                 LoRAManager(self.model).save_lora_checkpoint(path, reports.adapter_metadata(self))
         self.save_state()  # after lora.pth: a run killed between them repeats the epoch and writes the same one again

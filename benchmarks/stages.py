@@ -65,7 +65,7 @@ def profile(flags: list[str]) -> dict[str, Any]:
     watch.measures(finetune_lora, "train", "training steps")
     for name in ("evaluate_watched", "evaluate_kept"):
         watch.measures(run, name, "evaluation between epochs", within="training steps")
-    for name in ("save_start", "begin_epoch", "end_epoch", "go_back"):
+    for name in ("save", "begin_epoch", "end_epoch", "go_back"):
         watch.measures(run, name, "files between epochs", within="training steps")
     watch.measures(finetune_lora, "finish", "calibration and last evaluation")
     watch.measures(reports, "write_finetuning", "report and pictures")

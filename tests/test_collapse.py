@@ -437,12 +437,13 @@ def test_of_an_epoch_that_is_undone_the_seconds_count_and_nothing_else_even_if_i
     row = dict.fromkeys(("train_loss", "val_loss", "learning_rate", "adapter_learning_rate", "seconds"), 0.5)
     kept = []
     for epoch, accuracy in enumerate((0.9, 0.8, 1.0), 1):
-        run.progress = None
-        run.begin_epoch()
+        progress = run.begin_epoch()
         run.history.append(row | {"epoch": epoch, "val_accuracy": accuracy})
+        run.progress = None
         run.save()
         kept.append(read_adapter_file(tmp_path / "lora.pth")["metadata"]["epoch"])
-    run.progress.seconds = 2.0  # of what followed
+    run.progress = progress
+    progress.seconds = 2.0  # of what followed
     run.kept_outputs = (torch.zeros(15, 3), torch.zeros(15))
     run.go_back("training collapsed")
     assert kept == [1, 1, 3] and len(run.history) == 2 and run.guard.lost_seconds == 2.5 and run.kept_outputs is None
