@@ -682,12 +682,11 @@ def _graph(model: nn.Module, image_size: int, channels: int, any_size: bool) -> 
     if any_size:
         dynamic |= {axis: torch.export.Dim(name, min=SMALLEST) for axis, name in ((2, "height"), (3, "width"))}
     images = torch.zeros(2, channels, image_size, image_size)
-    with_fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # one operation for all of attention, which ONNX does not know
-    try:
+    fast_path = torch.backends.mha  # one operation for all of attention, which ONNX does not know
+    with contextlib.ExitStack() as stack:
+        stack.callback(fast_path.set_fastpath_enabled, fast_path.get_fastpath_enabled())
+        fast_path.set_fastpath_enabled(False)
         return torch.export.export(model, (images,), dynamic_shapes=(dynamic,))
-    finally:
-        torch.backends.mha.set_fastpath_enabled(with_fast_path)
 
 
 # ------------------------------------------------------------------------------------------------------- PEFT's format

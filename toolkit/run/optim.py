@@ -31,15 +31,11 @@ def build_optimizer(model: nn.Module, rate: float, adapter_lr_factor=1.0, weight
 @torch.no_grad()
 def weights_replaced(weights: Mapping[str, Tensor], others: Iterable[tuple[str, Tensor]]) -> Iterator[None]:
     """Within this block some of a model's weights, by name, have other values."""
-    before = {}
-    try:
+    with contextlib.ExitStack() as stack:
         for name, other in others:
-            before[name] = weights[name].clone()
+            stack.callback(weights[name].copy_, weights[name].clone())
             weights[name].copy_(other)
         yield
-    finally:
-        for name, weight in before.items():
-            weights[name].copy_(weight)
 
 
 class KeptWeights:

@@ -39,22 +39,17 @@ class Stopped(KeyboardInterrupt):
         self.signum = signum
 
 
-class StopRequests:
+class StopRequests(contextlib.ExitStack):
     """Within its `with` block a first Ctrl-C or SIGTERM is only noted, for `check`. A second one stops at once."""
 
     signum = 0
     others_asked = False  # was any process asked, as all of them know by now?
 
     def __enter__(self) -> "StopRequests":
-        self._previous = {}
         if threading.current_thread() is threading.main_thread():  # only there can signals be caught
             for signum in (signal.SIGINT, signal.SIGTERM):
-                self._previous[signum] = signal.signal(signum, self._note)
+                self.callback(signal.signal, signum, signal.signal(signum, self._note))
         return self
-
-    def __exit__(self, *_: Any) -> None:
-        for signum, handler in self._previous.items():
-            signal.signal(signum, handler)
 
     def _note(self, signum: int, _: Any) -> None:
         if self.signum:
