@@ -39,10 +39,9 @@ def weights_replaced(weights: Mapping[str, Tensor], others: Iterable[tuple[str, 
 
 
 class KeptWeights:
-    """The weights that are evaluated and saved: those that train, or those of the start where training does harm.
+    """The weights that are evaluated and saved: those that train, or those of the start where training does harm."""
 
-    Nothing between them: half of the change can be worse than none and than all of it (benchmarks/RESULTS.md).
-    """
+    # Nothing between them: half of the change can be worse than none and than all of it (benchmarks/RESULTS.md).
 
     def __init__(self, model: nn.Module, may_be_start: bool):
         self.weights: dict[str, Tensor] = {}  # the model's own, which training changes in place
