@@ -685,7 +685,7 @@ def prepare(args: FineTuneOptions, device: torch.device) -> tuple[Splits, nn.Mod
     splits = load_images(args, read)
     model, report = build_model(args, dtype, len(splits.class_names))
     dtype = report["dtype"]
-    names = {known: name for name, known in devices.DTYPES.items()}
+    names = dict(zip(devices.DTYPES.values(), devices.DTYPES, strict=True))
     training.check_batches(model, len(splits.train), len(splits.val), args.batch_size)
     normalization = bands.settle(known, report["arch"], report["channels"], splits.train)
     settled = (precision or names[dtype], known._asdict(), normalization, settled_norms(args, device))
