@@ -97,8 +97,7 @@ def test_what_becomes_of_an_epoch(trained, still_sure, does_harm):
     judge = guard_with_a_start()
     judge.scores.append(0.9)
     before = copy.deepcopy(judge.state_dict())
-    for _ in range(2):
-        assert told(judge.after_epoch, trained, still_sure) == does_harm
+    assert [told(judge.after_epoch, trained, still_sure) for _ in range(2)] == [does_harm] * 2
     assert judge.state_dict() == before
 
 
@@ -444,6 +443,9 @@ def test_of_an_epoch_that_is_undone_the_seconds_count_and_nothing_else_even_if_i
         kept.append(read_adapter_file(tmp_path / "lora.pth")["metadata"]["epoch"])
     run.progress = progress
     progress.seconds = 2.0  # of what followed
+    (tmp_path / "lora.pth").unlink()
+    run.save()
+    assert not (tmp_path / "lora.pth").exists()  # within an epoch it is the state alone
     run.kept_outputs = (torch.zeros(15, 3), torch.zeros(15))
     run.go_back("training collapsed")
     assert kept == [1, 1, 3] and len(run.history) == 2 and run.guard.lost_seconds == 2.5 and run.kept_outputs is None
