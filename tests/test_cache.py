@@ -103,9 +103,10 @@ def test_norms_follow_over_cached_features_in_16_bits(start, saved, narrow):
     assert losses[0] == pytest.approx(losses[1], abs=0.1)
 
 
-def test_cached_views_are_of_what_augmentation_makes_of_the_images(start):
+def test_cached_views_are_of_what_augmentation_makes_of_the_images(start, monkeypatch):
     """First of each image as it is, then as four epochs would draw it; an epoch takes one of those four."""
-    run = start("--adapt-last 1 --augmentation crop --cache-features disk --workers 1")
+    monkeypatch.setattr("toolkit.run.loaders.ANSWERED_PIXELS", 9 * 16**2)  # nine images at once, where eight train
+    run = start("--adapt-last 1 --augmentation crop --cache-features disk --workers 1 --batch-size 8")
     assert run.loaders.train.num_workers == 0  # there is nothing to decode
     plain = transforms.eval_transform(16, **run.plan.normalization)
     drawn = transforms.train_transform(16, "crop", **run.plan.normalization)

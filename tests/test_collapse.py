@@ -1,6 +1,7 @@
 """What a run does when training harms the network, and which epoch it keeps."""
 
 import copy
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -256,6 +257,9 @@ def test_the_guard_watches_several_views_of_few_images_and_these_laid_one_over_a
     [followed] = run.loaders.followed_batches()
     plain = Transformed(run.splits.train, run.loaders.eval_transform)
     torch.testing.assert_close(followed, torch.stack([image for image, _ in plain]))
+    views, _ = next(iter(run.loaders.augmented))  # which calibrate
+    each = [followed, images[:21], images[21:42], views[:21], views[21:42]]  # of all training images
+    assert not any(itertools.starmap(torch.equal, itertools.combinations(each, 2)))
 
 
 @pytest.mark.parametrize(("epochs", "share", "loss"), [(3, 1 / 4, 1.0), (4, 1, 2.18)])

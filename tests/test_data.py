@@ -333,6 +333,7 @@ def test_shares_of_all_processes_are_the_batches_of_one(monkeypatch, count, size
     batches = data.Batches(count, size, shuffle=True)
     alone = list(batches)
     monkeypatch.setattr(data.distributed, "world_size", lambda: processes)
+    assert data.build_loader(data.Transformed(range(count), int), size).batch_sampler.batch_size % processes == 0
     for rank in range(processes):
         monkeypatch.setattr(data.distributed, "rank", mock.Mock(return_value=rank))
         batches.epoch = 0

@@ -33,11 +33,12 @@ from tests.run_folders import assert_same_tensors, column, metrics, names_in, ro
 from tests.test_unlabelled import teacher_of
 from toolkit import InputError, devices, distributed, files
 from toolkit.answers import evaluation, predictions, probe, segmentation, tasks
+from toolkit.devices import faster_dtype  # before runs get another
 from toolkit.images import cache, data
 from toolkit.images.sources import load_splits
 from toolkit.images.transforms import eval_transform
 from toolkit.models.norms import Freezable, SharedStatistics, freeze_statistics, share_statistics, unextended
-from toolkit.run import optim, output_folder, run_state, teacher, training
+from toolkit.run import optim, output_folder, run_state, runs, teacher, training
 
 CPU = torch.device("cpu")
 
@@ -101,7 +102,7 @@ def completed(*started, codes: int = 0, **options) -> list[Child]:
 def with_sgd() -> None:
     """AdamW would blow up the rounding of gradients that are nearly zero, and hide a gradient of the wrong size."""
     optim.build_optimizer = lambda model, rate, *_: torch.optim.SGD(model.parameters(), lr=300 * rate, momentum=0.9)
-    finetune_lora.CLEAR_GAIN = -9.0  # whatever a probe says of the images' own statistics
+    finetune_lora.CLEAR_GAIN = {"0": -9.0, "1": 9.0}[os.environ.get("RANK", "0")]  # own statistics, says the first
 
 
 @pytest.mark.parametrize("way", [pytest.param(way, marks=[pytest.mark.slow] * (way != "lora")) for way in WAYS])
@@ -378,7 +379,9 @@ def measured(rank: int) -> list[float]:
 
 def read(rank: int) -> tuple[list, bool]:
     """The figures of two steps, and whether one of the processes was asked to stop: the second was."""
-    stop = SimpleNamespace(signum=15 * rank, others_asked=False)
+    stop = runs.StopRequests()
+    stop.signum = 15 * rank
+    stop.check()  # it goes on until all know
     steps = [(4, [torch.tensor([1.0 + rank, 2.0, 3.0])]), (2, [torch.tensor([0.5, 1.0 * rank, 4.0])])]
     return training.read_figures(steps, stop), stop.others_asked
 
@@ -404,11 +407,11 @@ def drawn(rank: int) -> tuple[float, float, float]:
     return first, then, torch.rand(()).item()
 
 
-def precision(rank: int) -> torch.dtype:
-    """That of a run, where this process finds bf16 twice as fast as float32, and the other one half as fast."""
-    seconds = iter([[2.0, 1.0], [2.0, 4.0]][rank])
+def precision(rank: int) -> list[torch.dtype]:
+    """Where the first process finds bf16 twice as fast, and the other half as fast; and where four images are fast."""
+    seconds = iter([[2.0, 1.0, 0.015], [2.0, 4.0, 0.015]][rank])
     with mock.patch.object(devices, "shortest_seconds", lambda _: next(seconds)):
-        return devices.faster_dtype(lambda _: nn.Linear(2, 2), channels=1, size=256)
+        return [faster_dtype(lambda _: nn.Linear(2, 2), channels=1, size=256) for _ in range(2)]
 
 
 def cached(rank: int) -> list:
@@ -426,7 +429,7 @@ def test_both_find_the_same_which_one_finds_by_all_images(found):
         (taught, pytest.approx(moved)),
         (read, ([(4, [3.0, 4.0, 6.0]), (2, [1.0, 1.0, 8.0])], True)),
         (worst, 4.0),
-        (precision, torch.float32),
+        (precision, [torch.float32] * 2),
         (cached, [[0, 0], [1, 10], [2, 20], [3, 30], [4, 40], [5, 50]]),
         *((find, pytest.approx(find(0))) for find in (contrasted, scaled, segmented, measured)),
     ):
@@ -443,6 +446,16 @@ def test_keys_are_encoded_in_random_processes_and_each_draws_numbers_of_its_own_
     (first, then, again), (other_first, other_then, other_again) = column(found, "drawn")
     assert (then, other_then) == (again, other_again)
     assert first != other_first and then != other_then
+
+
+def test_the_first_process_alone_writes_the_files_of_a_run_and_moves_others_aside(tmp_path, monkeypatch):
+    (tmp_path / "lora.pth").touch()
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    run = SimpleNamespace(state=dict, history=[{}], path=tmp_path.joinpath)
+    run_state.RunState.save_state(run)
+    run_state.RunState.save_metrics(run)
+    run_state.write_config(tmp_path / "config.yaml", {})
+    assert output_folder.begin_folder(tmp_path, ["lora.pth"]) is None and names_in(tmp_path) == {"lora.pth"}
 
 
 NORMS = {

@@ -242,8 +242,15 @@ def test_adapters_start_at_random_where_there_is_no_gradient_to_go_by(start, opt
 # ------------------------------------------------------------------- toolkit/run/training.py, and what it computes with
 
 
-def test_each_process_needs_an_image(monkeypatch):
+def test_each_process_needs_an_image_and_of_norms_that_train_one_of_each_batch(monkeypatch):
+    """Of three processes, which answer six at a time if asked for five: a rest of one or two is left out."""
     monkeypatch.setattr(training.distributed, "world_size", lambda: 3)
+    run = SimpleNamespace(args=SimpleNamespace(batch_size=5))
+    run.has_small_rest = partial(loaders.Loaders.has_small_rest, run)
+    sets = [LabelledImages([None] * images) for images in (12, 13, 14, 15)]
+    assert [len(loaders.Loaders.without_small_rest(run, images)) for images in sets] == [12, 12, 12, 15]
+    with pytest.raises(InputError, match="BatchNorm that trains needs 3 images or more, and one in each process"):
+        training.check_batches(nn.BatchNorm1d(2), 3, 3, batch_size=2)
     training.check_batches(nn.Linear(2, 2), 3, 3, batch_size=4)
     for train, val in ((2, 9), (9, 2)):
         with pytest.raises(InputError, match="3 processes are more than there are images to train or evaluate on"):
