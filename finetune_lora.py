@@ -34,10 +34,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import lora_utils
-from lora import adapted, adapter_file, adapter_set, attention, backends, functional, initialization, int8
+from lora import adapted, adapter_file, adapter_set, attention, backends, functional, initialization, int8, split
 from lora.adapted import ADAPTED, NO_ADAPTER, LoRASettings, is_adapted, recorded_in_4_bits, recorded_settings
 from lora.followed_norms import AdapterStatistics, folded_norm, follow_statistics, followers, own_statistics, settle
-from lora.fusion import fuse, set_gradient_checkpointing, split_model
+from lora.fusion import fuse, set_gradient_checkpointing
 from lora.weights import NF4Weight, Weight
 from lora_utils import LoRAManager, base_digests, count_parameters, full_rank, read_adapter_file, trained_state
 from toolkit import SHIPPED as DEFAULT_CHECKPOINT  # noqa: F401
@@ -922,7 +922,7 @@ class FineTuning(RunState):
         self.loaders = Loaders(args, plan, splits, report["image_size"], self.meter)
         if args.cache_features != "none":
             with evaluation.eval_mode(model):
-                lower, self.network = split_model(model, args.adapt_last)
+                lower, self.network = split.split_model(model, args.adapt_last)
                 self.loaders.cache_features(lower, plan.dtype)
         self.loaders.open(bool(evaluation.training_norms(model)), teaches)
         if plan.norms == "own":

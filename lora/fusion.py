@@ -1,4 +1,4 @@
-"""Blocks in which an adapted layer and its neighbour are one computation; what backward recomputes; and half models.
+"""Blocks in which an adapted layer and its neighbour are one computation, and what is recomputed in backward.
 
 docs/how-it-works.md says what, and why. The block that holds both decides, at each call: if a child was replaced,
 trains, has a hook, or is of a subclass, the block computes what the stock block computes. `fuse` gives blocks their
@@ -6,7 +6,6 @@ fused classes, as `torch.nn.utils.parametrize` does: the objects, their children
 """
 
 import contextlib
-import copy
 import functools
 import itertools
 from collections.abc import Callable
@@ -24,7 +23,6 @@ from lora.attention import attend
 from lora.functional import RecomputedNorm, frozen_linear, max_pool2d_relu
 from lora.weights import Weight
 from toolkit import InputError, devices, temporarily
-from toolkit.models.backbones import block_names, head_name, headless
 from toolkit.models.norms import FOLDING, Extended, Freezable, FreezableBatchNorm2d, extended, is_hooked, unextended
 
 
@@ -364,53 +362,3 @@ def set_gradient_checkpointing(model: nn.Module, mode: str = "none") -> None:
         if full:
             block.checkpointing = True
     fuse(model)
-
-
-FROM_BLOCK = {ResNet: resnet_from_stage, VisionTransformer: vit_from_block}
-
-
-class UpperHalf(nn.Module):
-    """A model that begins with one of its blocks or, with `first` None, with its head."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.first is None:
-            return self.get_submodule(head_name(self))(x)
-        return self.from_block(self, x, self.first)
-
-
-def split_model(model: nn.Module, last: int | None) -> tuple[Callable[[Tensor], Tensor], nn.Module]:
-    """Split a model into ``lower`` and ``upper``, so that ``upper(lower(images))`` is the model's output.
-
-    The upper half, a shallow copy that shares every layer, has the `last` blocks (see `backbones.block_names`) and
-    the head; None: only the head. InputError if torchvision has no such class with blocks.
-    """
-    upper = copy.copy(model)
-    upper.__class__ = UpperHalf
-    upper.first = None
-    if last is None:
-        return headless(model), upper
-    kind = unextended(model)
-    if kind not in FROM_BLOCK:
-        what = f"only ResNets and ViTs of torchvision's class can begin with a block, not {kind.__name__}"
-        raise InputError(f"{what}: use --cache-features none")
-    blocks = block_names(model)
-    upper.from_block = FROM_BLOCK[kind]
-    upper.first = len(blocks) - last
-    return functools.partial(input_of, model, blocks[-last]), upper
-
-
-class _Reached(Exception):
-    """Ends a model's forward early, with what a block was given."""
-
-
-def input_of(model: nn.Module, name: str, x: Tensor) -> Tensor:
-    """The input of the module of this name in ``model(x)``, which is stopped there."""
-
-    def stop(module: nn.Module, inputs: tuple) -> None:
-        raise _Reached(inputs[0])
-
-    with model.get_submodule(name).register_forward_pre_hook(stop):
-        try:
-            model(x)
-        except _Reached as reached:
-            return reached.args[0]

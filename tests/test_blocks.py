@@ -16,7 +16,7 @@ from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.models.vision_transformer import ConvStemConfig, EncoderBlock
 
 from finetune_lora import add_lora_to_model, freeze_backbone_params, set_gradient_checkpointing
-from lora import fusion
+from lora import fusion, split
 from tests.run_folders import assert_same
 from toolkit import InputError
 from toolkit.models import norms
@@ -335,7 +335,7 @@ def test_the_halves_of_a_model_are_the_model(build, side, last):
     stock = build().double().eval()
     x = images(side, dtype=torch.float64)
     for model in (stock, frozen(copy.deepcopy(stock), adapt_last=last).eval()):
-        lower, upper = fusion.split_model(model, last)
+        lower, upper = split.split_model(model, last)
         assert {id(p) for p in upper.parameters()} == {id(p) for p in model.parameters()}
         features = lower(x).detach()
         above = list(model.get_submodule(head_name(model)).parameters())
@@ -353,5 +353,5 @@ def test_another_model_has_no_halves_and_nothing_to_recompute():
         with pytest.raises(InputError, match=message):
             set_gradient_checkpointing(model, mode)
     with pytest.raises(InputError, match="not SwinTransformer"):
-        fusion.split_model(model, 1)
-    assert fusion.split_model(model, None)[1](torch.ones(2, 24)).shape == (2, 5)
+        split.split_model(model, 1)
+    assert split.split_model(model, None)[1](torch.ones(2, 24)).shape == (2, 5)

@@ -13,7 +13,7 @@ import torch
 from dense import assert_close
 from torchvision.models.vision_transformer import VisionTransformer
 
-from lora import followed_norms, fusion
+from lora import followed_norms, split
 from moco import pretrain
 from tests.image_files import oriented, save_image
 from tests.run_folders import tensors
@@ -113,7 +113,7 @@ def test_cached_views_are_of_what_augmentation_makes_of_the_images(start, monkey
     loaders = [data.build_loader(data.Transformed(run.splits.train, view), 21) for view in (plain, drawn)]
     loaders += loaders[1:] * 3
     with evaluation.eval_mode(run.model), torch.no_grad():
-        below = fusion.split_model(run.model, 1)[0]
+        below = split.split_model(run.model, 1)[0]
         views = [below(images) for loader in loaders for images, _ in loader]
     taken = next(iter(run.loaders.train))[0]
     torch.testing.assert_close(run.loaders.images.train.source, torch.stack(views, 1))
