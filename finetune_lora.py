@@ -172,6 +172,8 @@ class LoRALayer:
         """The dense weight that a merge puts in place: in the base's dtype, or float32 if that has fewer bits."""
         base = self.base()
         dtype = base.dtype if self.base_bits == 32 else torch.float32
+        if self.r == 0:
+            return base.dense(dtype)
         B = self._factors("B")
         dense = base.dense(B.dtype, copy=True)  # a small update would vanish if it were added in bfloat16
         return functional.effective_weight(dense, self._factors("A"), B, self.scaling, len(self.parts)).to(dtype)
