@@ -293,7 +293,10 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
     """A convolution of any geometry with an adapter, ``B A`` as its kernel: fan_in = in / groups * kh * kw."""
 
     def forward(self, x: Tensor, batch_norm: nn.BatchNorm2d | None = None, residual=None, relu=False) -> Tensor:
-        """``relu(batch_norm(conv2d(x, W + s B A, b)) + residual)``: ([N,] in, H, W) -> ([N,] out, H', W')."""
+        """``relu(batch_norm(conv2d(x, W + s B A, b)) + residual)``, see `folded_norm`.
+
+        x: ([N,] in, H, W); residual, as what is returned: ([N,] out, H', W').
+        """
         folding = {} if devices.is_traced() else FOLDING.get({})
         if self in folding and (self._is_active or not torch.is_grad_enabled()):
             norm = folding.pop(self)
@@ -687,7 +690,7 @@ def prepare(args: FineTuneOptions, device: torch.device) -> tuple[Splits, nn.Mod
     splits = load_images(args, read)
     model, report = build_model(args, dtype, len(splits.class_names))
     dtype = report["dtype"]
-    names = dict(zip(devices.DTYPES.values(), devices.DTYPES, strict=True))
+    names = {known: name for name, known in devices.DTYPES.items()}
     training.check_batches(model, len(splits.train), len(splits.val), args.batch_size)
     normalization = bands.settle(known, report["arch"], report["channels"], splits.train)
     settled = (precision or names[dtype], known._asdict(), normalization, settled_norms(args, device))
@@ -736,7 +739,7 @@ CLEAR_GAIN = 0.01  # of a probe's loss: what is less may be chance (benchmarks/R
 
 
 def with_norms_chosen(args: FineTuneOptions, plan: Plan, model: nn.Module, report: dict, splits: Splits) -> Plan:
-    """`--norms auto`: begin with BatchNorm statistics of the training images if a linear probe loses less by these."""
+    """`--norms auto`: begin with the training images' BatchNorm statistics if a linear probe loses less with these."""
     # Those in the file are of the images, and of the size, that the ResNet was pretrained on (AdaBN, arXiv 1603.04779).
     if args.norms == "auto" and args.resume:
         began_so = run_state.recorded_setting(args.resume, "norms") == "own"

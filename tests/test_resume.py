@@ -149,6 +149,7 @@ def test_a_run_that_is_stopped_again_and_again_ends_as_if_it_never_was(finetune,
 
     with pytest.raises(runs.Stopped, match="2 of 2 epochs are saved"):  # else a cross-validation began its next part
         finetune(f"{options} --resume", "stopped", after_epoch=stop_after_the_last_step)
+    assert not isinstance(getattr(signal.getsignal(signal.SIGINT), "__self__", None), runs.StopRequests)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(reports, "write_finetuning", mock.Mock(side_effect=KeyboardInterrupt))
         finetune(f"{options} --resume", "stopped")  # its lora.pth is calibrated, and its results are not written

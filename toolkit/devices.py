@@ -87,7 +87,8 @@ def is_traced() -> bool:
 
 WORTH_ROUNDING = 1.1  # times as fast
 WORTH_MEASURING = 0.005  # CPU seconds for an image in float32: with smaller models a run is short in either precision
-MEASURED_IMAGES, MEASURED_PIXELS = 32, 32 * 96**2  # at most: with a few images bf16 may lose what it gains with a batch
+MEASURED_IMAGES = 32  # at most: with a few bf16 may lose what it gains with a batch
+MEASURED_PIXELS = MEASURED_IMAGES * 96**2  # at most, in all of them
 
 
 def faster_dtype(build: Callable[[torch.dtype], nn.Module], channels: int, size: int) -> torch.dtype:
