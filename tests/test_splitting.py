@@ -213,6 +213,7 @@ def test_a_stopped_cross_validation_goes_on_with_its_settings_alone(runs, tmp_pa
     runs.stops_at = None
     config = tmp_path / "out/config.yaml"
     config.write_text("of the next")
+    config.with_name(".folds.yaml").write_text("finetune: {epochs: 7}")
     found = runs.validate(f"--epochs 2 --workers 1 {way.format(tmp_path / 'out/last.pth')}")
     assert runs.parts == ["1/3", "2/3", "1/3 r", "2/3 r", "3/3"]
     assert column(found["folds"], "val_accuracy") == [0.1, 0.2, 0.3]
@@ -234,8 +235,9 @@ def test_a_part_that_collapses_counts_and_a_new_cross_validation_moves_what_was_
     assert "training collapses in epoch 1" in printed and "0.2000 ± 0.1000" in printed
     assert (tmp_path / "out-1/lora.pth").exists() and not (tmp_path / "out/lora.pth").exists()
     assert "unfinished" in printed
+    (tmp_path / "out/.folds.yaml").write_text("finetune: {epochs: 7}")  # it was killed once
     runs.validate("--epochs 3")
-    assert names_in(tmp_path / "out-2") == {"folds", "config.yaml"}
+    assert names_in(tmp_path / "out-2") == {"folds", "config.yaml", ".folds.yaml"}
     assert "unfinished" not in capsys.readouterr().out
     with mock.patch.object(Runs, "__call__", side_effect=InputError("no image")), pytest.raises(InputError):
         runs.validate()

@@ -17,7 +17,8 @@ def cross_validate(run: Callable, after_epoch: Any, args: options.FineTuneOption
     if args.resume and not parts.exists():
         raise InputError(f"--resume: {args.output_dir} has no parts to go on with; start without it")
     found = []
-    with output_folder.held(args.output_dir, output_folder.FINE_TUNING_FILES, args.resume) as begin:
+    names = (*output_folder.FINE_TUNING_FILES, of_parts.name)  # a cross-validation that was killed has left the last
+    with output_folder.held(args.output_dir, names, args.resume) as begin:
         aside = begin()
         run_state.write_config(of_parts, asked)  # what --config named may be an earlier run's, and moved aside with it
         if not config.exists():
