@@ -16,7 +16,7 @@ from torch import nn
 
 import deploy_lora
 from finetune_lora import add_lora_to_model, count_parameters, freeze_backbone_params, load_finetuned
-from lora.fusion import fuse, unfuse
+from lora.fusion import fuse, set_gradient_checkpointing, unfuse
 from lora_utils import LoRAManager, base_digests, read_adapter_file, unused_adapters
 from tests.checkpoint_files import under
 from tests.test_heat_maps import written_out
@@ -68,7 +68,7 @@ def hub(monkeypatch, checkpoint):
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_a_model_is_timm_s_with_its_own_head_size_and_normalisation_and_trains_its_classifier(name):
+def test_a_model_is_timm_s_with_its_own_head_size_and_normalisation_is_explained_and_trains_its_classifier(name):
     model = build_backbone(f"timm:{name}", 5)
     config = model.pretrained_cfg
     assert model.state_dict().keys() == timm.create_model(name, num_classes=5).state_dict().keys()
@@ -80,6 +80,9 @@ def test_a_model_is_timm_s_with_its_own_head_size_and_normalisation_and_trains_i
     features = headless(model)(x)
     assert features.shape == (2, head.in_features)
     assert_close(head(features), model(x), FP32)
+    heat, _ = grad_cam(model, x)
+    set_gradient_checkpointing(model, "full")  # by which timm passes blocks by, and what is to look at them
+    assert_close(grad_cam(model, x)[0], heat, FP32)
     frozen(model)
     trains = {key for key in dense.trained(model) if "lora_" not in key}
     assert trains == {f"{HEADS[name]}.weight", f"{HEADS[name]}.bias"} and not hasattr(head, "lora_A")

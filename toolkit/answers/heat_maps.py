@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import center_crop
 
-from toolkit import InputError, devices
+from toolkit import InputError, devices, temporarily
 from toolkit.answers.evaluation import eval_mode
 from toolkit.images.bands import Bands
 from toolkit.images.transforms import View
@@ -34,7 +34,9 @@ def grad_cam(model: nn.Module, images: Tensor, of: int | None = None) -> tuple[T
     def keep(_block: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         kept.append(output if output.dim() == 4 else inputs[0])
 
-    with model.get_submodule(blocks[-1]).register_forward_hook(keep), eval_mode(model), torch.enable_grad():
+    passing = filter(lambda module: hasattr(module, "grad_checkpointing"), model.modules())  # timm's pass the hook by
+    hook = model.get_submodule(blocks[-1]).register_forward_hook(keep)
+    with hook, temporarily(passing, grad_checkpointing=False), eval_mode(model), torch.enable_grad():
         outputs = model(images.clone().requires_grad_())
         scores = outputs.amax(1) if of is None else outputs[:, of]
         if of is not None and scores.dim() > 1:
