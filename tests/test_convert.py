@@ -228,6 +228,8 @@ def test_each_layer_keeps_the_main_part_of_its_change(base, narrow, saved, kind,
     layers = read_adapter_file(tmp_path / "lora2.pth")["layers"]
     assert {(record["r"], record["lora_alpha"]) for record in layers.values()} == {(2, 4)}
     assert "Not measured" in deploy_lora.main(f"card {tmp_path}/lora2.pth --output {tmp_path}/card.md".split())
+    with pytest.raises(InputError, match=r"lora2\.pth is the adapter that is read: name another file$"):
+        deploy_lora.main(f"convert {tmp_path}/lora2.pth --rank 1 --output {tmp_path}/lora2.pth".split())
 
 
 @pytest.mark.parametrize("trained", [fully_trained, adapted])
@@ -286,7 +288,6 @@ def test_what_cannot_be_cut_is_refused(base, tmp_path, monkeypatch):
     for rank, model, checkpoint, message in (
         (6, adapted(base), base, "--rank 6: lora.pth has rank 6; give a lower one"),
         (192, fully_trained(base), base, "--rank 192: lora.pth has rank 192; give a lower one"),
-        (2, of_base(base), "moved.pth", "lora.pth: its base, moved.pth, is not there; give its place"),
         (2, of_base(base), base, "lora.pth: only its head has trained"),
         (2, quantised, base, "lora.pth was trained over 4-bit wei"),
         (2, fresh, "none", "lora.pth began at random weights"),

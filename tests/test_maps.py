@@ -151,7 +151,6 @@ def test_outputs_that_fit_no_masks_and_what_a_map_cannot_have_are_refused(of_pai
         ("predict val --output answers.csv", "the adapter answers for every pixel: name a folder, or map.tif"),
         ("predict val --output map.tif", "one map, and there are 12 images"),
         ("predict val/images/0.png --window 16 --output maps", "drop --window"),
-        ("predict val --output maps.json", "must end in .csv or .tif or .tiff or nothing, as a folder's"),
         ("embed val --output a.npy", "embed is not for an adapter with a class for every pixel"),
         ("convert --output peft", "convert is not for an adapter with a class for every pixel"),
     ):

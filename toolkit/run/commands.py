@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from toolkit import VERSION, InputError, did_you_mean, homed, is_free, note_written, printable, unnoted
+from toolkit import VERSION, InputError, did_you_mean, homed, is_free, note_written, printable, same_file, unnoted
 from toolkit.choices import ARITHMETICS, PRECISIONS, TO_LABEL
 from toolkit.config import positive_int, positive_share, threshold_goal, unknown_words, worker_count
 from toolkit.models.names import checkpoint_path, fetched
@@ -161,6 +161,8 @@ def problems_of_output(args: argparse.Namespace) -> Iterator[str]:
         if not os.path.lexists(written[0]) or not is_free(path, _name(args)):  # it may belong to one that was renamed
             problem = f"{path} is there, not known to be of an earlier {args.command} that is still there"
             yield f"{problem}: move it, or name another --output{unnoted()}"
+    if same_file(args.output, args.adapter):  # which an earlier call may have written
+        yield f"--output {args.output} is the adapter that is read: name another file"
 
 
 def _name(args: argparse.Namespace) -> str:
