@@ -81,7 +81,7 @@ def _is_layer_record(name: Any, record: Any) -> bool:
 def find_base(
     path: str | Path, metadata: dict, checkpoint: str | Path | None = None, stage1_adapter: str | Path | None = None
 ) -> tuple[Path, Path | None]:
-    """Find a file's base and the stage-1 adapter merged into it, if any: where they are now, or where metadata say."""
+    """Find a file's base, and the stage-1 adapter merged into it, if any: beside the file, or where metadata say."""
     base = files.found_path(metadata["checkpoint"]) if checkpoint is None else Path(checkpoint)
     if names.is_path(base) and not os.path.exists(base):
         known = published.described(base)
@@ -92,7 +92,7 @@ def find_base(
     if stage1_adapter is not None:
         places = [Path(stage1_adapter)]
     else:
-        places = [files.found_path(str(stored)), Path(path).with_name(Path(str(stored)).name)]
+        places = [Path(path).with_name(Path(str(stored)).name), files.found_path(str(stored))]
     found = next(filter(os.path.exists, places), None)
     if found is None:
         wanted = printable(stage1_adapter or stored)
