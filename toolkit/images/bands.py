@@ -257,6 +257,8 @@ def settle(scaling: Scaling, arch: str, channels: int, images: Any) -> dict[str,
     if bands is not None or scaling.normalise:
         some = images.at_most(CHECKED_IMAGES)
         found = measured(np.asarray(some[i][0]) for i in range(len(some)))
+        if len(found[0]) != channels:  # those in files were read as so many
+            raise InputError(f"the digits have {len(found[0])} bands, not {channels}: name your images by --data-dir")
     source = ""
     if scaling.normalise:
         source = f", measured on {len(some)} training images"
