@@ -4,7 +4,6 @@
     python deploy_lora.py evaluate checkpoints/lora/lora.pth my_labelled_images # how good its answers are
     python deploy_lora.py threshold checkpoints/lora/lora.pth list.csv --goal sensitivity=0.95 --output lora95.pth
     python deploy_lora.py compare one/results.json other/results.json           # is the other better, or was it chance
-    python deploy_lora.py compare runs/*/results.json                           # a table of many runs
     python deploy_lora.py predict checkpoints/lora/lora.pth my_images --output predictions.csv
     python deploy_lora.py predict checkpoints/lora/lora.pth scene.tif --output map.tif   # of pixels, or of windows
     python deploy_lora.py embed checkpoints/lora/lora.pth my_images --output features.npy
@@ -71,8 +70,6 @@ from toolkit.run import commands, loaders, options, output_folder, reports, runs
 PART_IMAGES = 10_000  # or some fewer, in a file of a folder of answers
 SMALLEST = 33  # pixels along a side, from which on a ResNet's last map is no single point, whose enlarging differs
 ROUNDING = 1e-3  # the largest difference of PEFT's answers, relative to their size, that rounding explains
-
-# ------------------------------------------------------------------------------------------------- what is in a file
 
 
 def info(args: argparse.Namespace) -> dict[str, Any]:
@@ -400,9 +397,6 @@ def choose(args: argparse.Namespace) -> list[str]:
         choosing.write_chosen(images, args.output)
     print(f"wrote {args.output}: {count} images to label, {how}")
     return list(map(images.name, range(count)))
-
-
-# ------------------------------------------------------------------------------------------------- answers into files
 
 
 def _write_answers(deployed: Deployed, write: Callable[[Tensor, LabelledImages, Path], Any]) -> Any:

@@ -2,7 +2,6 @@
 
     python -m moco.pretrain --config configs/stage1.yaml                 # the shipped checkpoint: 18 minutes on 2 cores
     python -m moco.pretrain --config configs/stage1.yaml --epochs 1 --warmup-epochs 0   # does it run?
-    python -m moco.pretrain --config configs/stage1.yaml --resume        # go on where it was stopped
     python -m moco.pretrain --config configs/moco_v2.yaml --data-dir photos     # any images, with or without labels
     python -m moco.pretrain --checkpoint moco_v2_800ep_pretrain.pth.tar --lora-rank 8 --data-dir photos # go on, adapted
     python -m moco.pretrain --config configs/moco_v2.yaml --data-dir /data/imagenet --precision bf16     # on a GPU
