@@ -216,9 +216,6 @@ def lora_linear(
     return F.linear(x, weight.tensor, bias) + scaling * torch.einsum("...gr,gor->...go", h, B).flatten(-2)
 
 
-# ----------------------------------------------------------------------------------------------------- convolution
-
-
 def pad_for_conv2d(x: Tensor, conv: nn.Conv2d) -> tuple[Tensor, tuple[int, int]]:
     """Pad x where `F.conv2d` cannot (circular, a lopsided 'same'). Returns x and the padding left to it, in numbers."""
     if conv.padding_mode == "zeros" and not isinstance(conv.padding, str):

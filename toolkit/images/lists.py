@@ -84,8 +84,9 @@ class ImageList:
         """The paths as listed, and the labels as text, in one spelling; or what else `line` says, as it is listed."""
         _, rows = self._label_columns()
         kind = line.partition(",")[2]
-        if max(map(len, rows)) == 1:
-            raise self._error(f"its images have no {kind}s; write `{line}` lines")
+        if bare := [row[0] for row in rows if not any(row[1:])]:
+            missing = f"{len(bare)} of its {len(rows)} images have no {kind}, as {printable(bare[0])}"
+            raise self._error(f"{missing}: write `{line}` lines, and delete those of images that have none")
         labels = []
         for row in rows:
             if len(row) != 2 or not all(row):
