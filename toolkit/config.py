@@ -329,9 +329,6 @@ def shown_default(default: Any) -> str:
     return "shipped" if default == SHIPPED else str(stored(default))
 
 
-# ------------------------------------------------------------------------------------------------ the settings of a run
-
-
 def stored(value: Any) -> Any:
     """An option's value as a file can hold it."""
     if isinstance(value, list | tuple):

@@ -142,7 +142,7 @@ def state_of_same_run(args: Any, path: Path, keys: Collection, own: Mapping, fre
         both = f"was {was or 'not given'} in the run of {path}, and is {unlabelled or 'not given'} now"
         raise InputError(f"--unlabelled {both}: resume with the same images, or start without --resume")
     if not isinstance(state, dict) or state.keys() != keys:
-        raise InputError(f"{path} is not a last.pth of this version of the script; start without --resume")
+        raise InputError(f"{path} is not a last.pth of this version, or of these images; start without --resume")
     then = config.flat(state["config"])
     now = config.flat(own["config"])
     changed = [f"{k} was {then.get(k)}, is {v}" for k, v in now.items() if k not in free and v != then.get(k)]
