@@ -393,8 +393,10 @@ def test_a_few_images_less_than_a_perfect_probe_may_be_chance(wrong, is_chance):
 OVERFITTED = {"losses": (0.1, 0.6)}
 PERFECT = {"probe": 0.9, "scores": (0.97,), "val_accuracy_interval": (0.97, 1.0)}
 FEW_LABELS = {"per_class": 25, "probe": 0.8}
+SOME_OF_EACH = {"unlabelled": {}, "config": {"data": {"labels_per_class": 25}}}
 FROM_LIST = {"unlabelled": {}, "places": {"labelled": "list.csv val.csv"}}
 BESIDE = {"places": {"unlabelled": "'my pool'"}}
+BOTH_WAYS = "'my pool' --output to_label-1; or images without labels: the same command with --unlabelled 'my pool'"
 
 
 def test_what_limits_a_run_comes_with_one_next_step():
@@ -415,12 +417,8 @@ def test_what_limits_a_run_comes_with_one_next_step():
         (FEW_LABELS, ["25 of each class"], "or images without labels: the same command with --unlabelled FOLDER"),
         (FEW_LABELS | {"unlabelled": {"images": 900}}, ["25 of each class"], "new_images --output to_label-1"),
         (FEW_LABELS | FROM_LIST, ["25 of each class"], "--output to_label-1 --labelled list.csv val.csv"),
-        (
-            FEW_LABELS | BESIDE,
-            ["25 of each class"],
-            "choose lora.pth 'my pool' --output to_label-1; or images without "
-            "labels: the same command with --unlabelled 'my pool'",
-        ),
+        (FEW_LABELS | SOME_OF_EACH, ["25 of each class"], "are there: the same command without --labels-per-class"),
+        (FEW_LABELS | BESIDE, ["25 of each class"], BOTH_WAYS),
         # Of those also where much was gained
         (OVERFITTED | {"per_class": 5, "task": MultiLabel}, ["5 of each label", "overfitting"], "more labelled images"),
         ({"per_class": 25}, ["few images"], "answers.csv"),  # which gained much all the same

@@ -383,9 +383,6 @@ def environment_problems(args: Any, written: Iterable[str], arithmetic: str = "f
     yield from output_folder.problems(args, written)
 
 
-# ------------------------------------------------------------------------------------------ what options mean to others
-
-
 def all_folds(args: Any) -> bool:
     """Are all parts of a cross-validation asked for, and not one?"""
     return args.folds is not None and "/" not in args.folds

@@ -64,6 +64,8 @@ def judge(
     label += f"{places['unlabelled'] or 'new_images'} --output {free_beside(Path('to_label'))}"
     if places["labelled"]:
         label += f" --labelled {places['labelled']}"
+    if value_at(results, "config/data/labels_per_class") is not None:
+        label = "more of the labels that are there: the same command without --labels-per-class"
     if results["unlabelled"] is None:
         label += f"; or images without labels: {again} --unlabelled {places['unlabelled'] or 'FOLDER'}"
     lacks_labels = has_few and (may_be_chance or is_overfitted)
