@@ -5,7 +5,6 @@
     python deploy_lora.py threshold checkpoints/lora/lora.pth list.csv --goal sensitivity=0.95 --output lora95.pth
     python deploy_lora.py compare one/results.json other/results.json           # is the other better, or was it chance
     python deploy_lora.py predict checkpoints/lora/lora.pth my_images --output predictions.csv
-    python deploy_lora.py predict checkpoints/lora/lora.pth scene.tif --output map.tif   # of pixels, or of windows
     python deploy_lora.py embed checkpoints/lora/lora.pth my_images --output features.npy
     python deploy_lora.py choose moco_v2_800ep_pretrain.pth.tar my_images --count 50 --output to_label  # what to label
     python deploy_lora.py explain checkpoints/lora/lora.pth my_images --output explained
@@ -370,24 +369,35 @@ def choose(args: argparse.Namespace) -> list[str]:
         if not deployed.task.counts_images:
             raise InputError(f"{args.adapter} does not answer with one class for each image: choose by its checkpoint")
         images = _images_in_files(args, deployed.about)
-        labelled = _images(args.labelled, deployed.about)
-        images = images.subset(np.flatnonzero(~among(images, labelled)))
-        count = args.count
+        most = choosing.MOST_IMAGES
+        labelled = []  # of each place on its own: archives do not go together with others
+        labels = set()
+        is_known = np.zeros(len(images), bool)
+        for path in args.labelled:
+            some = _images([path], deployed.about)
+            is_known |= among(images, some)
+            labels.update(map(some.name, range(len(some))))
+            labelled.append(some.at_most(most))
+        if is_known.all():
+            raise InputError(f"all {len(images):,} images are labelled: name others, or train on more of these")
+        images = images.subset(np.flatnonzero(~is_known))
+        count = args.count or min(choosing.USUAL, len(images))
         if len(images) < count:
             raise InputError(f"--count {count}: {len(images)} images are not labelled yet; ask for fewer or name more")
-        most = choosing.MOST_IMAGES
         if len(images) > most:
             print(f"{len(images):,} images: {most:,} of them, drawn at random, are looked at")
         images = images.at_most(max(most, count))
-        labelled = labelled.at_most(most)
         backbone = replace(deployed, model=headless(deployed.model))
         [(features, images)] = _answered(backbone, images, [range(len(images))])
         count = min(count, len(images))  # that can be read
         classes = deployed.about["class_names"]
-        if not classes or 0 < len(labelled) < choosing.FEW * len(classes):
+        if not classes or 0 < len(labels) < choosing.FEW * len(classes):
             how = "the most typical first"
-            [(known, _)] = _answered(backbone, labelled, [range(len(labelled))])
-            chosen = choosing.most_typical(features, count, known)
+            known = [features[:0]]
+            for some in labelled:
+                [(found, _)] = _answered(backbone, some, [range(len(some))])
+                known.append(found)
+            chosen = choosing.most_typical(features, count, torch.cat(known))
         else:
             how = "the adapter is least sure of them"
             logits = probe.head_outputs(deployed.model, features.to(deployed.device)).cpu()
@@ -681,9 +691,6 @@ def _graph(model: nn.Module, image_size: int, channels: int, any_size: bool) -> 
         stack.callback(fast_path.set_fastpath_enabled, fast_path.get_fastpath_enabled())
         fast_path.set_fastpath_enabled(False)
         return torch.export.export(model, (images,), dynamic_shapes=(dynamic,))
-
-
-# ------------------------------------------------------------------------------------------------------- PEFT's format
 
 
 def _cut_to_rank(args: argparse.Namespace) -> None:

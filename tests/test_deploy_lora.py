@@ -523,6 +523,9 @@ def test_an_adapter_chooses_what_it_is_least_sure_of(adapter_for_images, images,
         rest = choose(adapter_for_images, images / "train", "--labelled", known, "--count=6", "--output", output)
         assert how in capsys.readouterr().out
         assert all(int(Path(name).stem) >= labelled for name in rest)  # a copy is known by its content
+    tars = [write(tmp_path / f"{name}/0.tar", labelled_tar([*(known / name).iterdir()])).parent for name in CLASSES]
+    left = choose(adapter_for_images, images / "train", "--labelled", *tars, "--output", tmp_path / "left")
+    assert sorted(left) == sorted(rest)
 
 
 def test_only_choose_does_not_offer_to_read_archives():
@@ -536,7 +539,7 @@ def test_of_many_images_some_are_looked_at(base, images, tmp_path, monkeypatch, 
     assert "21 images: 7 of them, drawn at random, are looked at" in capsys.readouterr().out
     (tmp_path / "broken.png").write_bytes(b"no image")
     pool = images / "train", tmp_path / "broken.png"
-    assert len(choose(base, *pool, "--count", "22", "--output", tmp_path / "more")) == 21  # that can be read
+    assert len(choose(base, *pool, "--output", tmp_path / "all")) == 21  # that can be read
 
 
 def test_the_next_command_of_a_run_chooses_what_has_no_label_again_and_again(finetune, images, tmp_path, monkeypatch):
@@ -554,6 +557,8 @@ def test_the_next_command_of_a_run_chooses_what_has_no_label_again_and_again(fin
         assert sorted(map(Path, deploy_lora.main([*words, "--count=3"]))) == sorted(others)
         assert words[2:4] == [str(pool), "--output"]
         fill_in(Path(words[4], "to_label.csv"))
+    tars = write(tmp_path / "tars/0.tar", labelled_tar(others)).parent  # of which it does not choose
+    assert " new_images " in finetune(f"--data-dir {mine} --epochs 1 --unlabelled {tars}")["verdict"]["next_step"]
 
 
 def test_a_run_lists_the_training_images_whose_label_seems_wrong_worst_first(finetune, images, tmp_path, capsys):

@@ -19,7 +19,7 @@ from finetune_lora import FineTuning
 from lora.adapter_file import read_adapter_file
 from tests.conftest import CLASSES, LEAST_STEPS
 from tests.dense import trained
-from tests.image_files import tar_of
+from tests.image_files import tar_of, write
 from tests.run_folders import assert_identical, assert_same_tensors, contents, train_on
 from toolkit import InputError, distributed
 from toolkit.answers import classification, evaluation, probe, unlabelled
@@ -58,8 +58,7 @@ def test_images_that_are_evaluated_on_or_have_a_label_are_left_out(images, other
     """Of folders, archives and lists."""
     assert read(images, others) == ["0.png", "1.png", "2.png"]
     assert "unlabelled: 3 images, without 2 evaluation images and 1 that have a label" in capsys.readouterr().out
-    (tmp_path / "archives").mkdir()
-    (tmp_path / "archives/a.tar").write_bytes(tar_of(dict(sorted(contents(others).items()))))
+    write(tmp_path / "archives/a.tar", tar_of(dict(sorted(contents(others).items()))))
     assert read(images, tmp_path / "archives") == ["0.png", "1.png", "2.png"]
     (others / "list.csv").write_text("0.png\n2.png\nevaluated.png\n")
     assert read(images, others / "list.csv") == ["0.png", "2.png"]

@@ -16,6 +16,7 @@ from toolkit.images import data, remote
 # Measured, see benchmarks/RESULTS.md.
 FEW = 5  # labels a class: a model that has fewer does not know what it is unsure of
 MOST_IMAGES = 10_000  # images that are looked at
+USUAL = 50  # that are chosen, where nothing else is asked for
 CANDIDATES = 10  # the least sure images, for each that is chosen
 
 

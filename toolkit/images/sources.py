@@ -360,9 +360,6 @@ def _of_several(images: ImageList, bands: Bands | None, truth: str, known: Seque
     return LabelledImages(ImageFiles(images.folder, targets.paths, bands), labels, targets.values), targets.names
 
 
-# --------------------------------------------------------------------------------------------------------------- splits
-
-
 def validation_part(images: LabelledImages, share: float = HELD_OUT_FRACTION) -> tuple[LabelledImages, LabelledImages]:
     """Split a part off: (rest, part). `part` has about this share of each class, always the same images.
 

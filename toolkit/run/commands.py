@@ -81,7 +81,7 @@ def make_parser(description: str = "") -> tuple[argparse.ArgumentParser, dict[st
     add(computing, "--precision", "auto: 16 bits on a GPU; bf16: CPUs with AMX too", choices=PRECISIONS, default="auto")
     add(computing, "--arithmetic", "int8: multiply in 8 bits; large ViT on a CPU", choices=ARITHMETICS, default="float")
     add(["threshold"], "--goal", "f1, sensitivity=0.95 or specificity=0.9 per label", type=threshold_goal, default="f1")
-    add(["choose"], "--count", "how many", type=positive_int, default=50)
+    add(["choose"], "--count", "how many; without it 50, or all if fewer are left", type=positive_int)
     add(["choose"], "--labelled", "what has labels: lists, or folders of images", default=(), **some)
     add(["choose"], "--arch", "of a checkpoint that does not say")
     add(["choose"], "--image-size", "of a checkpoint, in pixels", type=positive_int)

@@ -13,7 +13,7 @@ from typing import Any
 from toolkit import VERSION, InputError, config, devices, files, listed, printable, typed
 from toolkit.answers import answer_reports, comparison, heat_maps, measures, tasks
 from toolkit.answers.report_page import BLUE, ORANGE, html_pictures, new_figure, save_figure, write_page
-from toolkit.images import bands, remote, sources, transforms
+from toolkit.images import bands, remote, shards, sources, transforms
 from toolkit.models import backbones, checkpoints, published
 from toolkit.run import options, teacher, verdict
 from toolkit.run.training import best_epoch, column
@@ -199,7 +199,7 @@ def write_finetuning(run: FineTuned, result: tasks.Answers, kept: dict, counts: 
 
 def _places(run: FineTuned) -> dict[str, str]:
     """What the next commands are given, as they take it: the adapter, what has labels, and images without, if known."""
-    train, val, *_ = run.splits
+    train, val, _, others = run.splits
     labelled = run.args.data_list or ()
     unlabelled = list(filter(None, [run.args.unlabelled]))
     if train.in_files and not labelled:
@@ -207,6 +207,8 @@ def _places(run: FineTuned) -> dict[str, str]:
         beside = Path(train.source.folder).absolute().with_name("unlabelled")
         if not unlabelled and beside.is_dir():
             unlabelled = [beside]
+    if others is not None and isinstance(others.source, shards.ShardedImages):
+        unlabelled = []  # `choose` reads no archives
     found = {"adapter": [run.path("lora.pth")], "labelled": labelled, "unlabelled": unlabelled}
     return {name: shlex.join(map(remote.address, paths)) for name, paths in found.items()}
 
