@@ -12,7 +12,6 @@
     python deploy_lora.py merge checkpoints/lora/lora.pth --output merged.pth   # one state_dict for plain torchvision
     python deploy_lora.py export checkpoints/lora/lora.pth --output model.onnx  # or model.pt2, for torch.export.load
     python deploy_lora.py convert checkpoints/lora/lora.pth --to peft --output peft_adapter
-    python deploy_lora.py convert checkpoints/full/lora.pth --rank 32 --output lora32.pth  # whole change as adapters
     python deploy_lora.py card checkpoints/lora/lora.pth --output card.md       # a model card
 
 Every command takes the file of any run: LoRA, QLoRA or full fine-tuning.
