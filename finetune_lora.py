@@ -1006,7 +1006,7 @@ class FineTuning(RunState):
             about |= {"images": len(answers), "left_out": len(answers) - len(places)}
             about |= {"trained": self.teacher is not None, "certainty": answers.amax(1).mean().item()}
             self.by_unlabelled = about
-            if self.teacher is not None and len(places):
+            if self.teacher is not None and len(places) >= distributed.world_size():
                 self.teacher.first_answers = answers[places]
                 self.loaders.take_unlabelled(places.tolist())
         if self.estimate_statistics():  # the head is to fit what BatchNorm gives it in training

@@ -55,29 +55,28 @@ def read(images, unlabelled, **options):
 
 
 def test_images_that_are_evaluated_on_or_have_a_label_are_left_out(images, others, tmp_path, capsys):
-    """Of folders, archives and lists."""
+    """Of folders, archives and lists. Each process needs one of the others."""
     assert read(images, others) == ["0.png", "1.png", "2.png"]
     assert "unlabelled: 3 images, without 2 evaluation images and 1 that have a label" in capsys.readouterr().out
+    with mock.patch.object(distributed, "world_size", lambda: 4), pytest.raises(InputError, match="3 are left with"):
+        read(images, others)
     write(tmp_path / "archives/a.tar", tar_of(dict(sorted(contents(others).items()))))
     assert read(images, tmp_path / "archives") == ["0.png", "1.png", "2.png"]
     (others / "list.csv").write_text("0.png\n2.png\nevaluated.png\n")
     assert read(images, others / "list.csv") == ["0.png", "2.png"]
     (others / "broken.png").write_bytes(b"no image")
     assert read(images, others, skip_unreadable=True) == ["0.png", "1.png", "2.png"]
-    capsys.readouterr()
     assert len(read(images, images, labels_per_class=5)) == 2 * len(CLASSES)  # the others of the labelled ones' folder
     assert "without 0 evaluation images and 15 that have a label" in capsys.readouterr().out
 
 
-def test_of_many_a_random_choice_is_read_which_is_said(images, others, monkeypatch, capsys):
+def test_of_many_a_random_choice_is_read_which_is_said(images, others, capsys):
     """As many as there are classes, three, times a number, within bounds."""
     for least, of_class, most, number in ((4, 1, 9, 4), (2, 1, 9, 3), (2, 2, 5, 5), (6, 3, 4, 4)):
-        monkeypatch.setattr(sources, "LEAST_UNLABELLED", least)
-        monkeypatch.setattr(sources, "UNLABELLED_OF_CLASS", of_class)
-        monkeypatch.setattr(sources, "MOST_UNLABELLED", most)
-        chosen = read(images, others)
-        assert f"of a random {number} of 6" in capsys.readouterr().out
-        assert read(images, others) == chosen
+        with mock.patch.multiple(sources, LEAST_UNLABELLED=least, UNLABELLED_OF_CLASS=of_class, MOST_UNLABELLED=most):
+            chosen = read(images, others)
+            assert read(images, others) == chosen
+        assert capsys.readouterr().out.count(f"of a random {number} of 6") == 2
 
 
 def test_an_epoch_has_so_many_batches_and_the_next_goes_on_where_it_ended():

@@ -228,8 +228,8 @@ def _unlabelled(place: Path, splits: Splits, source: Source) -> LabelledImages:
     images.labels = list(range(len(images)))
     of_all = "" if len(some) == len(found) else f", of a random {len(some):,} of {len(found):,}"
     without = f"without {evaluated.sum():,} evaluation images and {labelled.sum():,} that have a label"
-    if not len(images):
-        raise InputError(f"--unlabelled {remote.address(place)}: nothing is left{of_all} {without}; name other images")
+    if len(images) < distributed.world_size():  # each process needs one
+        raise InputError(f"--unlabelled {remote.address(place)}: {len(images)} are left{of_all} {without}; name others")
     print(f"unlabelled: {len(images):,} images{of_all}, {without}")
     return images
 
