@@ -303,9 +303,6 @@ def _check_values(found: Sequence[np.ndarray], bands: Bands, std: Sequence[float
         print(f"channel {i + 1} hardly varies: its std is {spread}; if it should count, use --normalise data")
 
 
-# ------------------------------------------------------------------------------------------------------- what files say
-
-
 def recorded(values: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
     """The metadata about images in an adapter file or an exported one: only mean and std for RGB photographs."""
     bands = values["bands"]

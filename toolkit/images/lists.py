@@ -36,7 +36,7 @@ class Targets(NamedTuple):
 
 @dataclass
 class ImageList:
-    """A text or CSV file in UTF-8 with commas or tabs between its columns, and a line for each image.
+    """A text or CSV file in UTF-8, with commas, tabs or (below titles) semicolons, a line for each image.
 
     Its first line may name the columns. Each of the methods raises InputError for a file that is none of what it reads.
     """
@@ -244,7 +244,10 @@ def _rows(path: Path) -> tuple[list[str], list[list[str]]]:
     try:
         text = remote.read(path).decode("utf-8-sig", "surrogateescape")
         lines = io.StringIO(text, newline=None).readlines()
-        delimiter = "\t" if "\t" in "".join(lines[:1]) else ","
+        heading = "".join(lines[:1])
+        delimiter = "\t" if "\t" in heading else ","
+        if heading.partition(";")[0].strip('"').lower() in TITLES:  # spreadsheets write it where commas are in numbers
+            delimiter = ";"
         reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
         for cells in reader:
             name = "".join(cells[:1])
