@@ -290,7 +290,7 @@ def test_lists(listed):
         ('"a.png", "cat"\n"b c.png","cat"\n', (["a.png", "b c.png"], ["cat", "cat"])),  # a space is no part of a name
         ("./a.png,caf\u00e9\n.//b c.png,cafe\u0301\n", (["a.png", "b c.png"], ["caf\u00e9", "caf\u00e9"])),
         ('"b,c.png",dog\n"two\nlines.png",cat', (["b,c.png", "two\nlines.png"], ["dog", "cat"])),
-        ('"Path";label\na.png;cat\nb c.png;dog\n', (["a.png", "b c.png"], ["cat", "dog"])),
+        ('"Path";label\na.png;cat\n"Path";label\nb c.png;dog\n', (["a.png", "b c.png"], ["cat", "dog"])),
         ("a.png,v1.0 5\nb c.png,cat 3\n", (["a.png", "b c.png"], ["v1.0 5", "cat 3"])),
         ("\udce9.png,cat\nb.png,dog\n", (["\udce9.png", "b.png"], ["cat", "dog"])),  # no UTF-8, but there
         ("a.dcm,cat\nb.png,dog\n", (["a.dcm", "b.png"], ["cat", "dog"])),

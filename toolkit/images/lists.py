@@ -273,6 +273,7 @@ def _rows(path: Path) -> tuple[list[str], list[list[str]]]:
         is_followed = len(rows) > 1 and rows[1][0].lower().endswith((*folders.IMAGE_SUFFIXES, *bands.ARRAY_SUFFIXES))
         if first.lower() in TITLES or (is_followed and "." not in first and "/" not in first):
             titles = rows.pop(0)
+            rows = list(filter(titles.__ne__, rows))  # lists that were joined have them again
     if not rows:
         raise InputError(f"{path}: lists no images; write a line `path,label` for each")
     return titles, rows

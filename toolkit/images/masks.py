@@ -351,8 +351,6 @@ def _leave_out(problems: Sequence[InputError], skip_unreadable: bool) -> None:
         print(f"  {error.problem}")
 
 
-# -------------------------------------------------------------------------------------------------------- finding pairs
-
 _MASK_ENDS = ("_mask", "_label", "_labels", "_seg", "_gt")
 _LAYOUTS = "expected images/ and masks/ (or in train/ and val/ each; or images/train and masks/train), or files as "
 _LAYOUTS += "x.jpg and x_mask.png; else name them in a list, a line `image,mask` each"
