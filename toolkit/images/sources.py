@@ -373,7 +373,7 @@ def validation_part(images: LabelledImages, share: float = HELD_OUT_FRACTION) ->
     else:
         in_part = splitting.at_random(images.labels, share)
     if not in_part.any():
-        raise InputError("too few images to hold some out: every class has only one; label more, or add some to evaluate on")
+        raise InputError("too few images to hold some out: every class has only one; label more, or give others for it")
     return images.split(in_part)
 
 
