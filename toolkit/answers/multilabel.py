@@ -194,7 +194,7 @@ class MultiLabel(parts.Task):
         self.weights = torch.ones(2, len(names))
         if balanced:  # a label's positives count as much as its negatives
             self.weights = (known / (2 * both)).where(both.amin(0) > 0, 1.0)
-        odds = self.weights * (both + 0.5)
+        odds = self.weights * both + 0.5
         self.constant_logits = (odds[1] / odds[0]).log()
         self.goal = goal
         self.thresholds = torch.full((len(names),), THRESHOLD) if thresholds is None else thresholds.float()
