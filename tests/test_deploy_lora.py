@@ -457,7 +457,8 @@ def test_the_most_typical_image_of_each_kind_comes_first_and_a_kind_with_a_label
     assert choosing.most_typical(drawn, 6, drawn[:0]) == choosing.most_typical(drawn, 6, drawn[:0])
     # Or the one of each kind that is least sure: of three classes.
     leads = torch.tensor([0.5, 0.4, 0.1, 0.3, 0.9, 0.8, 0.05, 0.2, 0.0])
-    logits = torch.stack([torch.full((9,), 0.05), (0.95 + leads) / 2, (0.95 - leads) / 2], 1).log()
+    third = torch.where(leads == 0.2, 0.26, 0.05)  # of two in three an answer is as likely, and surer
+    logits = torch.stack([third, (1 - third + leads) / 2, (1 - third - leads) / 2], 1).log()
     monkeypatch.setattr(choosing, "CANDIDATES", 3)  # all of them
     assert choosing.least_sure(KINDS, 3, logits) == [8, 6, 2]
     monkeypatch.setattr(choosing, "CANDIDATES", 1)

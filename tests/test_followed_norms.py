@@ -81,8 +81,9 @@ def test_outputs_and_gradients_are_those_of_automatic_differentiation(pair, has_
     if has_residual:
         residual = torch.randn_like(conv(x)).requires_grad_()
         of.append(residual)
-    wanted = dense(conv, norm, x, residual)
-    assert_same_gradients(conv_bn_relu(conv, norm, nn.ReLU(), x, residual), wanted, of)
+    for conv.weight.requires_grad in (True, False):
+        wanted = dense(conv, norm, x, residual)
+        assert_same_gradients(conv_bn_relu(conv, norm, nn.ReLU(), x, residual), wanted, of)
     with torch.no_grad():
         torch.testing.assert_close(conv_bn_relu(conv, norm, nn.ReLU(), x, residual), wanted)
     if not has_residual:  # without a ReLU too, as in a shortcut

@@ -77,7 +77,6 @@ def test_a_file_brings_adapters_and_head_into_a_fresh_model_and_describes_itself
     assert_same(trained(model), content["tensors"])
     record["kind"] = "QLoRALinear" if four_bits else "LoRALinear"
     assert content["layers"][LAYER] == record
-    assert either.stat().st_size < sum(p.numel() * 4 for p in trained(model).values()) + 60_000
     info = LoRAManager(model).get_lora_info()
     count = sum(p.numel() for name, p in trained(model).items() if "lora_" in name)
     assert info["num_layers"] == len(info["layers"]) == 2 * 4

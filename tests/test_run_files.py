@@ -181,10 +181,10 @@ def test_metrics_has_a_row_per_epoch_and_results_and_a_short_summary_say_what_ca
     assert results["val_accuracy_interval"] == pytest.approx(share_interval(right))
     assert results["adapter_bytes"] == (folder / "lora.pth").stat().st_size < results["backbone_bytes"] / 10
     assert results["trainable_parameters"] == sum(t.numel() for t in tensors(folder / "lora.pth").values())
-    assert results["trainable_parameters"] - results["lora_parameters"] == 3 * 192 + 3
-    assert results["peak_memory_bytes"] > results["backbone_bytes"]
+    of_adapters = results["lora_parameters"]
+    assert results["trainable_parameters"] - of_adapters == 3 * 192 + 3
+    assert results["peak_memory_bytes"] > results["backbone_bytes"] == 4 * (results["total_parameters"] - of_adapters)
     assert list(results["accuracy_per_class"]) == ["bright", "dark", "striped"]
-    assert sum(results["accuracy_per_class"].values()) / 3 == pytest.approx(results["val_accuracy"])
     table = printed.rpartition("\n\n")[2]
     assert len(table.splitlines()) <= 16 and "trained parameters" in table
     assert f"{results['val_accuracy']:.2%}" in table and f"{results['knn_accuracy_before']:.2%}" in table

@@ -88,7 +88,8 @@ def test_parts_are_disjoint_and_alike():
     for turn in range(20):  # an image that is listed several times, to count more often in training, stays on one side
         in_part = splitting.by_hash("abc" * 9, [0] * 27, 0.2, turn).reshape(9, 3)
         assert (in_part == in_part[0]).all() and 0 < in_part[0].sum() < 3
-    assert not splitting.by_hash(["a"] * 9, [0] * 9, 0.2, 0).any()  # a single image
+    of_one_image = splitting.by_hash(["a"] * 9, [0] * 9, 0.2, 0), splitting.at_random([0], 0.2)
+    assert not np.concatenate(of_one_image).any()
     several = torch.tensor([[1, 1, 0], [0, 1, 1], [0, 1, 1], [math.nan, 1, 0], [0, math.nan, 0]])
     assert splitting.strata(several).tolist() == [0, 2, 2, 1, 3]  # an image of several labels is dealt by the rarest
 

@@ -378,7 +378,6 @@ def test_balanced_weights_are_scikit_learns():
     weights = Classification.of_run("abcde", LabelledImages([None] * 10, labels), args).class_weights
     expected = compute_class_weight("balanced", classes=np.array([0, 1, 3]), y=labels)
     assert weights[[0, 1, 3]].tolist() == pytest.approx(expected.tolist()) and weights[[2, 4]].isfinite().all()
-    assert weights[labels].mean().item() == pytest.approx(1)
 
 
 def test_a_rate_rises_in_the_warm_up_and_falls_in_a_cosine_and_once_lowered_stays_low():
@@ -418,7 +417,7 @@ def test_a_short_run_trains_at_a_lower_rate():
     assert rates == pytest.approx([9.77e-8, 9.77e-8, 9.77e-8], rel=1e-2)
     steps = [1e-2 / divisor(1e-2, steps) for steps in (10, 40, 70, 78)]
     assert steps == sorted(steps) and steps[-1] == pytest.approx(1.54e-3, rel=1e-2)
-    for epochs, an_epoch, in_all, steps in ((1, 50, 500, 50), (1, 1, 10, 5), (1, 3, 300, 20), (1, 50, 50, 25)):
+    for epochs, an_epoch, in_all, steps in ((1, 50, 500, 50), (1, 1, 30, 15), (1, 3, 300, 20), (1, 50, 50, 25)):
         assert optim.warmup_steps(epochs, an_epoch, in_all) == steps
     assert FineTuneOptions().warmup_epochs == 1  # any other number is as typed
     assert optim.warmup_steps(8, 50, 500) == 400 and optim.warmup_steps(0, 1, 10) == 0

@@ -58,7 +58,7 @@ def test_a_transform_takes_what_image_open_returns_and_shows_it_upright(tmp_path
     for name, image, options in (
         ("plain.png", rgb, {}),
         ("rotated.jpg", rgb, {"exif": exif}),
-        ("rotated.png", rgb, {"exif": exif}),
+        ("rotated.png", rgb.transpose(Image.Transpose.ROTATE_180), {"exif": oriented(8)}),
         ("rotated.tif", rgb, {"exif": exif}),
         ("rgba.png", Image.fromarray(levels), {}),
         ("palette.png", rgb.quantize(16), {}),
@@ -71,7 +71,6 @@ def test_a_transform_takes_what_image_open_returns_and_shows_it_upright(tmp_path
     upright = rgb.transpose(Image.Transpose.ROTATE_270)
     for name in ("rotated.png", "rotated.tif"):
         assert np.array_equal(seen[name], upright), name
-    assert seen["rotated.jpg"].size == (40, 30)
     for image in seen.values():
         assert transforms.to_rgb(image) is image  # nothing is done twice
     photograph(tmp_path / "large.jpg")
@@ -128,6 +127,14 @@ def test_the_blur_of_photographs_is_a_gaussian_of_up_to_two_pixels():
         std = torch.empty(1).uniform_(0.1, 2.0).item()
         expected = gaussian_filter(pixels.astype(float), (std, std, 0), mode="nearest")
         assert np.abs(found - expected).mean() < 2
+
+
+def test_bands_vary_in_brightness_each_by_itself_and_noise_leaves_grey_grey():
+    bands = transforms.band_brightness(0.4, torch.ones(600, 2, 3))
+    assert torch.equal(bands, bands[:, :1, :1].expand(600, 2, 3))
+    assert 0.6 <= bands.min() < 0.62 and 1.38 < bands.max() <= 1.4
+    noise = transforms.grey_noise(0.05, torch.ones(3, 40, 40)) - 1
+    assert torch.equal(noise, noise[:1].expand(3, 40, 40)) and noise.std().item() == pytest.approx(0.05, rel=0.1)
 
 
 def photograph(path, size=(1210, 900), **options) -> None:
