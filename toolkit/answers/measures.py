@@ -69,7 +69,8 @@ NUMBERS_AT_ONCE = 1_000_000  # of an intermediate result of a measure: 4 to 8 MB
 
 def by_rows(measure: Callable[[Tensor], Tensor], weights: Tensor, numbers: int) -> Tensor:
     """`measure(weights)` of weights (n, images), for some rows at a time: each needs this many numbers in between."""
-    return torch.cat([measure(part) for part in weights.split(max(1, NUMBERS_AT_ONCE // max(1, numbers)))])
+    rows = max(1, NUMBERS_AT_ONCE // max(1, numbers))
+    return torch.cat(list(map(measure, weights.split(rows))))
 
 
 def ranking(scores: Tensor, positive: Tensor, images: Tensor, weights: Tensor) -> Tensor:
