@@ -425,7 +425,7 @@ def test_what_limits_a_run_comes_with_one_next_step():
         (FEW_LABELS | FROM_LIST, ["25 of each class"], "--output to_label-1 --labelled list.csv val.csv"),
         (FEW_LABELS | SOME_OF_EACH, ["25 of each class"], "are there: the same command without --labels-per-class"),
         (FEW_LABELS | BESIDE, ["25 of each class"], BOTH_WAYS),
-        # Of those also where much was gained
+        (FEW_LABELS | {"probe": 0.9}, ["25 of each class"], "the same command with --unlabelled FOLDER"),
         (OVERFITTED | {"per_class": 5, "task": MultiLabel}, ["5 of each label", "overfitting"], "more labelled images"),
         ({"per_class": 25}, ["few images"], "answers.csv"),  # which gained much all the same
         (FEW_LABELS | {"val_accuracy_interval": None}, ["few images"], "answers.csv"),  # chance is not told

@@ -54,7 +54,6 @@ def judge(
     }
 
     gained, is_worse, may_be_chance = _compared(results, task, probe)
-    is_short = lowered > LOWERED and not results.get("retreats")
     is_photograph = task.truth == "class" and value_at(results, "normalization/scale") is None
     augmentation = value_at(results, "config/data/augmentation")  # affine: a flip would make another sign
     can_vary = is_photograph and augmentation not in ("trivial", "affine")
@@ -71,7 +70,8 @@ def judge(
     lacks_labels = has_few and (may_be_chance or is_overfitted)
     can_search = "learning rate" not in results.get("chosen_by", {}) and results["unlabelled"] is None
     steps = [  # of which the first one that is due is taken
-        (is_worse and is_short, longer),
+        (is_worse and lowered > LOWERED and not results.get("retreats"), longer),
+        (is_worse and has_few and task.counts_images, label),  # no rate is found that is sure to be better there
         (is_worse and can_search, f"{again} --learning-rate auto"),
         (is_worse, f"{again} --learning-rate {results['learning_rate'] / 3:.0e}"),
         (lacks_labels and task.counts_images, label),
