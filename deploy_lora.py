@@ -369,14 +369,14 @@ def choose(args: argparse.Namespace) -> list[str]:
             raise InputError(f"{args.adapter} does not answer with one class for each image: choose by its checkpoint")
         images = _images_in_files(args, deployed.about)
         most = choosing.MOST_IMAGES
-        labelled = []  # of each place on its own: archives do not go together with others
+        labelled = []  # a set of each place: archives cannot be joined with others
         labels = set()
         is_known = np.zeros(len(images), bool)
         for path in args.labelled:
             some = _images([path], deployed.about)
             is_known |= among(images, some)
             labels.update(map(some.name, range(len(some))))
-            labelled.append(some.at_most(most))
+            labelled.append(some.at_most(most // len(args.labelled)))
         if is_known.all():
             raise InputError(f"all {len(images):,} images are labelled: name others, or train on more of these")
         images = images.subset(np.flatnonzero(~is_known))

@@ -34,9 +34,9 @@ def grad_cam(model: nn.Module, images: Tensor, of: int | None = None) -> tuple[T
     def keep(_block: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         kept.append(output if output.dim() == 4 else inputs[0])
 
-    passing = filter(lambda module: hasattr(module, "grad_checkpointing"), model.modules())  # timm's pass the hook by
+    checkpointed = filter(lambda module: hasattr(module, "grad_checkpointing"), model.modules())  # skips hooks
     hook = model.get_submodule(blocks[-1]).register_forward_hook(keep)
-    with hook, temporarily(passing, grad_checkpointing=False), eval_mode(model), torch.enable_grad():
+    with hook, temporarily(checkpointed, grad_checkpointing=False), eval_mode(model), torch.enable_grad():
         outputs = model(images.clone().requires_grad_())
         scores = outputs.amax(1) if of is None else outputs[:, of]
         if of is not None and scores.dim() > 1:

@@ -71,7 +71,7 @@ def judge(
     can_search = "learning rate" not in results.get("chosen_by", {}) and results["unlabelled"] is None
     steps = [  # of which the first one that is due is taken
         (is_worse and lowered > LOWERED and not results.get("retreats"), longer),
-        (is_worse and has_few and task.counts_images, label),  # no rate is found that is sure to be better there
+        (is_worse and has_few and task.counts_images, label),  # too few to choose a rate by
         (is_worse and can_search, f"{again} --learning-rate auto"),
         (is_worse, f"{again} --learning-rate {results['learning_rate'] / 3:.0e}"),
         (lacks_labels and task.counts_images, label),
