@@ -323,8 +323,7 @@ def test_a_card_has_the_figures_of_the_run_and_what_the_hub_reads(finished_once,
     (once / "below").mkdir()
     other = deploy_lora.main(["card", f"{once}/below/../lora.safetensors", "--output", str(once / "README.md")])
     assert "\n# out\n" in other and accuracy in other  # as its folder is called
-    hub = pytest.importorskip("huggingface_hub")
-    card = hub.ModelCard(text)
+    card = pytest.importorskip("huggingface_hub").ModelCard(text)
     assert (card.data.license, card.data.pipeline_tag) == ("unknown", "image-classification")
     measured = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert measured["accuracy"] == pytest.approx(finished_once["val_accuracy"])

@@ -518,11 +518,10 @@ def test_an_adapter_chooses_what_it_is_least_sure_of(adapter_for_images, images,
     known = tmp_path / "known"
     for labelled, how in ((4, "the most typical"), (5, "the adapter is least sure")):
         for name, i in itertools.product(CLASSES, range(labelled)):
-            (known / name).mkdir(parents=True, exist_ok=True)
-            shutil.copy(images / "train" / name / f"{i}.png", known / name / f"other{i}.png")
+            write(known / name / f"other{i}.png", (images / "train" / name / f"{i}.png").read_bytes())
         output = tmp_path / how
         rest = choose(adapter_for_images, images / "train", "--labelled", known, "--count=6", "--output", output)
-        assert how in capsys.readouterr().out
+        assert f"6 images to label, {how}" in capsys.readouterr().out
         assert all(int(Path(name).stem) >= labelled for name in rest)  # a copy is known by its content
     tars = [write(tmp_path / f"{name}/0.tar", labelled_tar([*(known / name).iterdir()])).parent for name in CLASSES]
     left = choose(adapter_for_images, images / "train", "--labelled", *tars, "--output", tmp_path / "left")
@@ -538,6 +537,10 @@ def test_of_many_images_some_are_looked_at(base, images, tmp_path, monkeypatch, 
     monkeypatch.setattr(choosing, "MOST_IMAGES", 7)
     assert len(choose(base, images / "train", "--count", "2", "--output", tmp_path / "some")) == 2
     assert "21 images: 7 of them, drawn at random, are looked at" in capsys.readouterr().out
+    labelled = [images / "train" / name for name in CLASSES[1:]]  # 7 and 7
+    with mock.patch.object(deploy_lora, "_answered", wraps=deploy_lora._answered) as read:
+        choose(base, images / "train", "--labelled", *labelled, "--output", tmp_path / "one")
+    assert [len(call.args[1]) for call in read.call_args_list] == [7, 3, 3]
     (tmp_path / "broken.png").write_bytes(b"no image")
     pool = images / "train", tmp_path / "broken.png"
     assert len(choose(base, *pool, "--output", tmp_path / "all")) == 21  # that can be read

@@ -51,8 +51,9 @@ def scored_labels(seed: int, images: int = 60) -> tuple[torch.Tensor, torch.Tens
     return scores, positive, torch.from_numpy(random.randint(0, 4, images))
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_rankings_are_scikit_learns_ties_and_repeated_images_too(seed):
+@pytest.mark.parametrize(("seed", "at_once"), [(0, 59), (1, 150), (2, 1000)])  # rows: 1, 2 and all
+def test_rankings_are_scikit_learns_ties_and_repeated_images_too(monkeypatch, seed, at_once):
+    monkeypatch.setattr(measures, "NUMBERS_AT_ONCE", at_once)
     scores, positive, times = scored_labels(seed)
     for way in (scores, -scores):
         found = ranked(way, positive, torch.stack([torch.ones(60), times, 2 * times]))

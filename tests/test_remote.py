@@ -406,8 +406,7 @@ def test_what_cannot_be_had_is_one_line_and_begun_anew(web, monkeypatch):
             with pytest.raises(InputError, match=told):
                 finetune_lora.read_options(["--checkpoint", "moco-v9"])
             assert [path.name for path in place.parent.iterdir() if path.suffix != ".lock"] == left
-    place = publish(web, "endless.pth")
-    place.with_name("endless.pth.part").write_bytes(b"of an older version" * 100)
+    publish(web, "endless.pth").with_name("endless.pth.part").write_bytes(b"of an older version" * 100)
     assert fetch() == CONTENT
 
 

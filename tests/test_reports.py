@@ -313,8 +313,7 @@ def test_the_page_is_complete_and_runs_nothing(tmp_path):
     mistakes = tmp_path / "mistakes.png"
     rows = [("accuracy after", "66.67%")]
     named = [("<script>.png", "a, taken for b")]
-    settings = {"finetune": {"note": "</pre><script>"}}
-    of_run = mistakes, named, tmp_path / "training_curves.png", settings
+    of_run = mistakes, named, tmp_path / "training_curves.png", {"finetune": {"note": "</pre><script>"}}
     report_page.write_page(tmp_path / "report.html", "2 of 3 images right", rows, report.sections(mistakes), *of_run)
     text = (tmp_path / "report.html").read_text()
     tags = re.findall(r"<([a-z0-9]+)", text)
@@ -426,6 +425,7 @@ def test_what_limits_a_run_comes_with_one_next_step():
         (FEW_LABELS | SOME_OF_EACH, ["25 of each class"], "are there: the same command without --labels-per-class"),
         (FEW_LABELS | BESIDE, ["25 of each class"], BOTH_WAYS),
         (FEW_LABELS | {"probe": 0.9}, ["25 of each class"], "the same command with --unlabelled FOLDER"),
+        (FEW_LABELS | {"probe": 0.9, "task": MultiLabel}, ["25 of each label"], "--learning-rate auto"),
         (OVERFITTED | {"per_class": 5, "task": MultiLabel}, ["5 of each label", "overfitting"], "more labelled images"),
         ({"per_class": 25}, ["few images"], "answers.csv"),  # which gained much all the same
         (FEW_LABELS | {"val_accuracy_interval": None}, ["few images"], "answers.csv"),  # chance is not told

@@ -233,8 +233,7 @@ def test_a_dino_is_exported(dino, tmp_path):
     about = {"arch": f"timm:{name}", "class_names": list("abcde"), "image_size": x.shape[-1]}
     LoRAManager(model).save_lora_checkpoint(tmp_path / "lora.pth", about | {"checkpoint": f"timm:{name}"})
     deploy_lora.main(f"export {tmp_path}/lora.pth --output {tmp_path}/model.onnx".split())
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
-    [answers] = session.run(None, {"images": x.numpy()})
+    [answers] = onnxruntime.InferenceSession(tmp_path / "model.onnx").run(None, {"images": x.numpy()})
     loaded, _ = load_finetuned(tmp_path / "lora.pth")
     assert_close(torch.tensor(answers), loaded(x), FP32)
 
