@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import moco_lora  # noqa: F401 - it says if a folder is in the way of those that follow
-from toolkit.config import check_command_line
+from toolkit.config import check_command_line, flag
 from toolkit.run.commands import MAP_SUFFIXES, ON_IMAGES, SUFFIXES, check, make_parser, read_options  # noqa: F401
 
 if __name__ == "__main__":  # before PyTorch is loaded, which takes seconds: help and mistakes need not wait for it
@@ -152,10 +152,11 @@ def _deployed(args: argparse.Namespace) -> Iterator[Deployed]:
 def _loaded(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
     """The model of an adapter file, or of a checkpoint to choose by, which has no classes; and what is known of it."""
     if args.command != "choose" or adapter_file.holds_adapter(args.adapter):
-        if args.command == "choose" and (args.arch or args.image_size):
-            raise InputError(f"--arch and --image-size are for checkpoints; {args.adapter} has its own")
+        if given := list(filter(vars(args).get, commands.OF_CHECKPOINT)):
+            raise InputError(f"{listed(map(flag, given))}: for a checkpoint, and {args.adapter} has its own; drop it")
         return load_finetuned(args.adapter, args.checkpoint)
-    settings = options.FineTuneOptions(checkpoint=args.adapter, arch=args.arch, image_size=args.image_size)
+    of_checkpoint = {name: vars(args)[name] for name in commands.OF_CHECKPOINT}
+    settings = options.FineTuneOptions(checkpoint=args.adapter, **of_checkpoint)
     known, read = options.known_image_values(settings, args.adapter)
     model, report = load_base(args.adapter, None, 2, **options.backbone_shape(settings))
     size = report["image_size"]
@@ -279,7 +280,10 @@ def demo(args: argparse.Namespace) -> None:
     """Show a page on this machine alone, on which an image is dropped and answered; or --write what a Space needs."""
     if args.write is not None:
         metadata = read_adapter_file(args.adapter)["metadata"]
-        demo_page.write_space(args.write, args.adapter, *find_base(args.adapter, metadata, args.checkpoint), metadata)
+        words = f"--batch-size {args.batch_size} --device {args.device} --precision {args.precision}"
+        words += f" --arithmetic {args.arithmetic}"
+        base, stage1 = find_base(args.adapter, metadata, args.checkpoint)
+        demo_page.write_space(args.write, args.adapter, base, stage1, metadata, words.split())
         print(f"wrote {args.write}: hf upload OWNER/NAME {args.write} --repo-type space")
         return
     optional_package("gradio", "demo")  # before the model is loaded

@@ -138,7 +138,7 @@ def test_what_is_no_image_is_one_line_without_the_server_s_folders(image, drop, 
 def space(adapter, tmp_path, monkeypatch, capsys) -> Path:
     """A Space of the adapter, which lies elsewhere by now; nothing was started."""
     monkeypatch.setitem(sys.modules, "gradio", None)
-    deploy_lora.main(["demo", str(adapter), "--write", str(tmp_path / "space")])
+    deploy_lora.main(["demo", str(adapter), "--write", str(tmp_path / "space"), "--precision", "bf16"])
     assert f"hf upload OWNER/NAME {tmp_path}/space --repo-type space" in capsys.readouterr().out
     return shutil.move(tmp_path / "space", tmp_path / "elsewhere")
 
@@ -152,6 +152,7 @@ def test_a_space_has_what_the_hub_reads(space, tmp_path):
     requirements = (space / "requirements.txt").read_text().split()
     assert "gradio>=6" in requirements and "torch>=2.6" in requirements and "timm>=1.0" not in requirements
     assert {"lora.pth", SHIPPED.name, "app.py", "LICENSE"} < {path.name for path in space.iterdir()}
+    assert "'--batch-size', '32', '--device', 'auto', '--precision', 'bf16', " in (space / "app.py").read_text()
     assert not list(space.rglob("__pycache__"))
 
 
@@ -163,16 +164,16 @@ def test_a_space_brings_the_stage_1_adapter_and_downloads_what_timm_has(tmp_path
     space = tmp_path / "space"
     about = {"arch": "timm:tf_efficientnet_lite0", "class_names": list(CLASSES)}
     with pytest.raises(InputError, match=rf"{adapter}, {base}: in a Space two of them would have one name; rename one"):
-        demo.write_space(space, adapter, base, None, about)
+        demo.write_space(space, adapter, base, None, about, [])
     assert not space.exists()
-    demo.write_space(space, adapter, Path("timm:tf_efficientnet_lite0.in1k"), stage1, about)
+    demo.write_space(space, adapter, Path("timm:tf_efficientnet_lite0.in1k"), stage1, about, ["--device", "cpu"])
     assert (space / "moco_lora.pth").read_text() == "moco_lora.pth"
     assert "timm>=1.0" in (space / "requirements.txt").read_text().split()
-    assert "deploy_lora.main(['demo', 'lora.pth'])" in (space / "app.py").read_text()
+    assert "deploy_lora.main(['demo', 'lora.pth', '--device', 'cpu'])" in (space / "app.py").read_text()
     full = OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(demo.shutil, "copyfileobj", mock.Mock(side_effect=full))
     with pytest.raises(InputError, match=r"cannot write .*: No space left on device; check the folder and its free"):
-        demo.write_space(tmp_path / "full", adapter, SHIPPED, None, about)
+        demo.write_space(tmp_path / "full", adapter, SHIPPED, None, about, [])
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ import deploy_lora
 import toolkit
 from finetune_lora import add_lora_to_model, load_finetuned
 from lora import functional
-from tests.image_files import labelled_tar, save_image, tar_of, write
+from tests.image_files import bytes_of, labelled_tar, save_image, tar_of, write
 from tests.pages import preparation
 from tests.run_folders import column, contents, rows_of
 from toolkit import InputError, files
@@ -501,6 +501,33 @@ def test_a_backbone_chooses_an_image_of_each_class_and_the_list_trains(base, ima
     splits = sources.load_splits("imagefolder", data_list=lists)
     assert splits.class_names == sorted(CLASSES)
     assert list(map(splits.train.name, range(3))) == [str(tmp_path / name) for name in chosen]
+
+
+def test_a_checkpoint_chooses_among_images_of_any_numbers(base, adapter_for_images, tmp_path, monkeypatch):
+    """The options say as in a run which bands are read, what their numbers mean, and how many heads a ViT has."""
+    rng = np.random.RandomState(0)
+    for i in range(3):
+        pixels = rng.rand(16, 16, 5).astype(np.float32) * 3000
+        picked = (pixels[..., [4, 0, 1]] / 1000 - [1, 2, 3]) / [0.5, 1, 2]
+        write(tmp_path / f"raw/{i}.npy", bytes_of(np.save, pixels))
+        write(tmp_path / f"ready/{i}.npy", bytes_of(np.save, picked.astype(np.float32)))
+    looked_at = mock.Mock(return_value=np.arange(3))
+    monkeypatch.setattr(choosing, "most_typical", looked_at)
+    for number, words in enumerate((
+        "raw --bands 5,1,2 --scale 1000 --mean 1 2 3 --std 0.5 1 2",
+        "ready --scale 1 --mean 0 --std 1",
+        "ready --scale 1 --mean 0 --std 1 --heads 6",
+        "raw --channels 5 --normalise data",
+    )):  # fmt: skip
+        folder, *options = words.split()
+        choose(base, tmp_path / folder, *options, "--output", tmp_path / str(number))
+    raw, ready, other, _ = (call.args[0] for call in looked_at.call_args_list)
+    assert torch.allclose(raw, ready, atol=1e-5) and not torch.allclose(raw, other, atol=1e-2)
+    with pytest.raises(InputError, match="--bands x: give numbers from 1"):
+        choose(base, tmp_path / "raw", "--bands", "x", "--output", tmp_path / "none")
+    refused = f"^--heads, --bands: for a checkpoint, and {adapter_for_images} has its own; drop it"
+    with pytest.raises(InputError, match=refused):
+        choose(adapter_for_images, tmp_path / "raw", "--heads=3", "--bands=1", "--output", tmp_path / "none")
 
 
 def test_an_adapter_chooses_what_it_is_least_sure_of(adapter_for_images, images, tmp_path, monkeypatch, capsys):

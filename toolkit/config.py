@@ -100,9 +100,14 @@ def make_parser(sections: Mapping[str, type], **how: Any) -> argparse.ArgumentPa
     for title, section in sections.items():
         group = parser.add_argument_group(title)
         for field in dataclasses.fields(section):
-            described = dict(field.metadata)
-            group.add_argument(flag(field.name), *described.pop("flags"), default=field.default, **described)
+            add_option(group, field)
     return parser
+
+
+def add_option(parser: Any, field: dataclasses.Field) -> None:
+    """Add a field of a dataclass, an `option`, to a parser or to a group of its options."""
+    described = dict(field.metadata)
+    parser.add_argument(flag(field.name), *described.pop("flags"), default=field.default, **described)
 
 
 def frozen(kind: type, values: argparse.Namespace) -> Any:

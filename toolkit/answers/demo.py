@@ -1,7 +1,7 @@
 """A page on which an image is dropped and answered, by gradio, and the files of a Space of the Hugging Face Hub."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,10 +93,12 @@ def _levels(picture: np.ndarray) -> np.ndarray:
     return np.round(255 * picture).astype(np.uint8)
 
 
-def write_space(folder: Path, adapter: Path, base: Path, stage1: Path | None, metadata: Mapping[str, Any]) -> None:
-    """Write a folder that is a Space: the page of an adapter, with the toolkit, and its base if that is a file."""
+def write_space(
+    folder: Path, adapter: Path, base: Path, stage1: Path | None, metadata: Mapping[str, Any], options: Sequence[str]
+) -> None:
+    """Write a Space, a folder: an adapter's page by `options` of demo, the toolkit, and its base if that is a file."""
     needed = [adapter, *filter(None, [stage1])]
-    words = ["demo", adapter.name]
+    words = ["demo", adapter.name, *options]
     if base.is_file():
         needed.append(base)
         words += ["--checkpoint", base.name]

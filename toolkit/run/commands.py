@@ -12,9 +12,11 @@ from typing import Any
 
 from toolkit import VERSION, InputError, did_you_mean, homed, is_free, note_written, printable, same_file, unnoted
 from toolkit.choices import ARITHMETICS, PRECISIONS, TO_LABEL
-from toolkit.config import positive_int, positive_share, threshold_goal, unknown_words, worker_count
+from toolkit.config import add_option, positive_int, positive_share, threshold_goal, unknown_words, worker_count
+from toolkit.images.families import option_problems, split_names
 from toolkit.models.names import checkpoint_path, fetched
 from toolkit.run import output_folder
+from toolkit.run.options import FineTuneOptions, scaling_of
 
 COMMANDS = {  # and the help of each
     "info": "what is in an adapter file",
@@ -33,6 +35,8 @@ COMMANDS = {  # and the help of each
 }
 ANSWERING = ("predict", "embed", "explain", "choose")
 ON_IMAGES = ("evaluate", "threshold", *ANSWERING)  # these commands compute on a device
+# Options of a run that `choose` has for a checkpoint.
+OF_CHECKPOINT = ("arch", "heads", "channels", "image_size", "bands", "scale", "mean", "std", "normalise")
 MAP_SUFFIXES = (".tif", ".tiff")
 PATHS = "_paths.csv"  # what the images' paths end with, next to their features
 SUFFIXES = {  # allowed for --output; "": a folder's
@@ -83,8 +87,8 @@ def make_parser(description: str = "") -> tuple[argparse.ArgumentParser, dict[st
     add(["threshold"], "--goal", "f1, sensitivity=0.95 or specificity=0.9 per label", type=threshold_goal, default="f1")
     add(["choose"], "--count", "how many; without it 50, or all if fewer are left", type=positive_int)
     add(["choose"], "--labelled", "what has labels: lists, or folders of images", default=(), **some)
-    add(["choose"], "--arch", "of a checkpoint that does not say")
-    add(["choose"], "--image-size", "of a checkpoint, in pixels", type=positive_int)
+    for name in OF_CHECKPOINT:
+        add_option(parsers["choose"], FineTuneOptions.__dataclass_fields__[name])
     add(["predict", "embed", "explain"], "--resume", "continue what is in the folder --output", action="store_true")
     add(["explain"], "--label", "the class, label or number to explain; without it the answer")
     add(["predict"], "--probabilities", "in maps: of every class, not the likeliest", action="store_true")
@@ -183,6 +187,9 @@ def check(args: argparse.Namespace) -> Iterator[str]:
     """What is wrong with the options of a command, one line each."""
     shows_page = args.command == "demo" and args.write is None
     compares = args.command == "convert" and args.images is not None
+    if args.command == "choose":
+        args.bands = split_names(args.bands)
+        yield from option_problems(scaling_of(args), args.channels)
     if (shows_page or compares) and os.environ.get("WORLD_SIZE", "1") != "1":
         yield f"{args.command}: this is done by one process, and torchrun starts several: start it with python"
     if compares and args.rank is None:
