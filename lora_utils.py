@@ -124,8 +124,7 @@ class LoRAManager:
 
     def _layers_to_merge(self) -> dict[str, nn.Module]:
         """The layers that merging turns into dense floats: those with adapters, and rounded ones of rank 0."""
-        layers = adapted_layers(self.model)
-        if layers:
+        if layers := adapted_layers(self.model):
             layers |= {n: m for n, m in self.model.named_modules() if is_adapted(m) and m.base_bits < 32}
         return layers
 
@@ -354,8 +353,7 @@ class LoRAManager:
         older = now | self.record.resized_digests  # of files that hash the interpolated embedding
         if content["base_hash"] not in (_hash(now, content["tensors"]), _hash(older, content["tensors"])):
             _refuse(path, ["it was trained over another base: load the checkpoint that it names, with as many heads"])
-        broken = [name for name, tensor in content["tensors"].items() if not tensor.isfinite().all()]
-        if broken:
+        if broken := [name for name, tensor in content["tensors"].items() if not tensor.isfinite().all()]:
             raise InputError(f"{path} has NaN or infinite numbers in {listed(broken)}; use an earlier epoch's")
         state = {**self.model.state_dict(keep_vars=True), **self._own_tensors()}
         with torch.no_grad():

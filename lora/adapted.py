@@ -132,8 +132,7 @@ def choose_layers(model: nn.Module, target_modules=None, adapt_last: int | None 
     model = unwrap_for_editing(model)
     candidates = adaptable_layers(model)
     targets = [target_modules] if isinstance(target_modules, str) else list(target_modules or ())
-    unmatched = [t for t in targets if not any(matches_layer(name, t) for name in candidates)]
-    if unmatched:
+    if unmatched := [t for t in targets if not any(matches_layer(name, t) for name in candidates)]:
         raise InputError(f"no layer matches {', '.join(unmatched)}; there are: {listed(candidates, 12)}")
     chosen = {}
     for name, layer in candidates.items():

@@ -118,8 +118,7 @@ def check_metadata(path: str | Path, metadata: dict[str, Any], tensors: dict[str
     kinds = {"arch": str, "class_names": list, "image_size": int, "checkpoint": str}
     if "moco_version" in metadata:
         raise InputError(f"{path} is of stage 1 and has no classifier: fine-tune over it with --stage1-adapter {path}")
-    lacking = [key for key in kinds if key not in metadata]
-    if lacking:
+    if lacking := [key for key in kinds if key not in metadata]:
         raise InputError(f"{path} does not say its {', '.join(lacking)}: build the model and use LoRAManager")
     wrong = [key for key, kind in kinds.items() if type(metadata[key]) is not kind]
     wrong += [key for key in ("heads", "channels") if type(metadata.get(key)) not in (int, type(None))]

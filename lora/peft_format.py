@@ -48,8 +48,7 @@ def obstacles(model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[str]:
         elif isinstance(layer, nn.Conv2d) and (layer.dilation != (1, 1) or layer.padding_mode != "zeros"):
             yield f"{name} (a convolution with dilation or padding other than zeros, which PEFT's adapter lacks)"
     of_base = [name for name in tensors if ".lora_" not in name and not in_head(model, name)]
-    trained = [name for name in of_base if ".running_" not in name]
-    if trained:
+    if trained := [name for name in of_base if ".running_" not in name]:
         yield f"weights of the base that have trained ({listed(trained)})"
     elif of_base:
         yield "statistics of BatchNorms that followed it (--norms frozen keeps the base's)"

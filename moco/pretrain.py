@@ -105,9 +105,8 @@ def train(run: "Pretraining") -> None:
             with progress.timed(), bar:
                 for number, (views, _) in enumerate(bar, run.global_steps):
                     x1, x2 = (devices.to_device(view, run.device) for view in views)  # two views, (N, 3, S, S) each
-                    m = run.model.momentum(number / run.total_steps)
                     with devices.autocast(run.device, run.dtype):
-                        loss = run.parallel(x1, x2, m)
+                        loss = run.parallel(x1, x2, run.model.momentum(number / run.total_steps))
                     run.optimizer.zero_grad()
                     run.scaler.scale(loss).backward()
                     run.scaler.step(run.optimizer)

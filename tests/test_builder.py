@@ -65,8 +65,7 @@ def test_v3_loss_equals_a_dense_computation():
     expected = 0.0
     for a, b in ((x1, x2), (x2, x1)):
         for i in range(4):
-            q = model.predictor(model.encoder_q(a[i : i + 1]))
-            cosines = F.cosine_similarity(q, encoder_k(b))
+            cosines = F.cosine_similarity(model.predictor(model.encoder_q(a[i : i + 1])), encoder_k(b))
             expected -= 2 * 0.3 * (cosines / 0.3).log_softmax(0)[i] / 4
     torch.testing.assert_close(model(x1, x2, 0.75), expected)
 
@@ -170,8 +169,7 @@ def test_the_keys_have_adapters_and_a_projector_of_their_own_which_alone_follow(
     model = adapted(2, vit(), use_qlora=True)
     places = []
     for encoder in (model.encoder_q, model.encoder_k):
-        tensors = [*encoder.parameters(), *encoder.buffers()]
-        places.append({tensor.untyped_storage().data_ptr() for tensor in tensors})
+        places.append({tensor.untyped_storage().data_ptr() for tensor in [*encoder.parameters(), *encoder.buffers()]})
     assert len(places[1] - places[0]) == len(trained(model.encoder_q))
     before = copy.deepcopy(model.state_dict())
     model.update_encoder_k(0.75)

@@ -169,15 +169,13 @@ COMPUTED = [(MOCO_V3, "vit_small", 12), (MOCO_V3, "vit_conv_small", 6), (DEIT, "
 def test_a_vit_comes_out_bit_for_bit_with_its_heads_and_guesses_are_told(case, vit, saved):
     layout, *expected = VITS[case]
     reference, _ = load_backbone(saved(vit, "timm.pth"), num_classes=2, heads=12)
-    learned = vit | {"pos_embed": vit["pos_embed"] + 1}
-    for tensors, heads in zip((vit, learned), expected, strict=True):
+    for tensors, heads in zip((vit, vit | {"pos_embed": vit["pos_embed"] + 1}), expected, strict=True):
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             model, report = load_backbone(saved(layout.file(tensors)), num_classes=2)
         assert (report["family"], report["arch"], report["heads"]) == (layout.family, "vit_small", heads)
         assert model.encoder.layers[0].self_attention.num_heads == heads
-        positions = model.state_dict().pop("encoder.pos_embedding")
-        assert torch.equal(positions, tensors["pos_embed"])
+        assert torch.equal(model.state_dict().pop("encoder.pos_embedding"), tensors["pos_embed"])
         same = {n: t for n, t in model.state_dict().items() if not n.startswith(("heads.", "encoder.pos"))}
         assert_same(same, reference.state_dict())
         guesses = [f"{heads} is a guess"] if layout.family in GUESSED else []

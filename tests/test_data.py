@@ -157,8 +157,7 @@ def test_lists_of_several_labels_are_split_by_their_rarest(tmp_path):
             expected = [float("rare" in labels[name]), float("tall" in labels[name])]
             assert part[i][1].tolist() == part.targets[i].tolist() == expected
     assert sources._alike(splits.train) == splits.train.labels  # not by the first label, as numbers are
-    few = splits.train.at_most(3)
-    assert set(map(tuple, few.targets.tolist())) == {(0, 0), (0, 1), (1, 0)}
+    assert set(map(tuple, splits.train.at_most(3).targets.tolist())) == {(0, 0), (0, 1), (1, 0)}
 
 
 def test_images_without_labels(tmp_path):

@@ -88,8 +88,7 @@ def test_files_without_suffix_are_known_by_their_mark(tmp_path):
     (tmp_path / "1.2.840.101_mask.png").write_bytes(b"")
     assert image_names(tmp_path, others=Counter()) == names
     assert [image.size for image in ImageFiles(tmp_path, names)] == [(10, 10)] * 3
-    system = pytest.importorskip("fsspec").filesystem("memory")
-    system.put(f"{tmp_path}/1.2.840.100", "/disc/IM0001")
+    pytest.importorskip("fsspec").filesystem("memory").put(f"{tmp_path}/1.2.840.100", "/disc/IM0001")
     [name] = image_names(Path("memory://disc"))
     assert ImageFiles("memory://disc", [name])[0].size == (10, 10)
     write(tmp_path / "tar/a.tar", tar_of({"1.dcm": file_of(RAMP)}))

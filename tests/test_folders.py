@@ -206,8 +206,7 @@ def test_copies_are_found_by_content_and_only_equal_sizes_are_read(tmp_path, mon
     read, content = [], files.content
     monkeypatch.setattr(files, "content", lambda i: read.append(files.names[i]) or content(i))
     images = data.LabelledImages(files)
-    found = data.copies(images.subset([0, 1, 6]), images.subset([2, 3, 4, 5, 6]))
-    assert found == {files.path(0): files.path(3)}
+    assert data.copies(images.subset([0, 1, 6]), images.subset([2, 3, 4, 5, 6])) == {files.path(0): files.path(3)}
     assert sorted(read) == ["a", "b", "d", "e"]
     assert data.among(images.subset([5, 6]), images.subset([2, 6])).tolist() == [False, True]  # by its name alone
 

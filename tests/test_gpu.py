@@ -191,8 +191,7 @@ def test_answers_are_those_of_a_cpu(once, images, tmp_path, command):
         told = f"{command} {once}/lora.pth {images}/val --output {output.format(tmp_path / device)}"
         return numbers(deploy_lora.main(f"{told} --precision fp32 --device {device}".split()))
 
-    found = answer("cuda")
-    assert found == pytest.approx(answer("cpu"), abs=1e-2 if command == "explain" else 1e-4)
+    assert answer("cuda") == pytest.approx(answer("cpu"), abs=1e-2 if command == "explain" else 1e-4)
 
 
 @pytest.mark.slow

@@ -96,8 +96,7 @@ def test_a_layer_is_the_stock_one_with_the_update_in_its_weight(case, storage, d
     if case in INPUTS:  # four products, each rounded: the stock layer's own gradients in bf16 are up to 3 % off
         tolerance *= {BF16: 4, IN_8_BITS: 2}.get(tolerance, 1)
     layer = adapted(stock, **how)
-    masters = torch.promote_types(dtype, torch.float32)
-    assert all(A.dtype == masters for _, _, A, _ in dense.adapters(layer))
+    assert all(A.dtype == torch.promote_types(dtype, torch.float32) for _, _, A, _ in dense.adapters(layer))
     # A block in float32 may be inside an autocast region, or backward() be enclosed as well.
     around = torch.bfloat16 if storage == "float32" and case not in INPUTS else None
     compare_with_dense(stock, layer, inputs, tolerance, changed_in_place, autocast, around)

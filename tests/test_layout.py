@@ -102,8 +102,7 @@ def test_few_lines_are_packed_and_no_conditional_expression_is_in_another(root, 
                 counts["tuple assignments"] += 1
             if kind is ast.IfExp:
                 counts["conditional expressions"] += 1
-                inside = sum(type(inner) is ast.IfExp for inner in ast.walk(node))
-                assert inside == 1, f"{path}:{node.lineno}"
+                assert sum(type(inner) is ast.IfExp for inner in ast.walk(node)) == 1, f"{path}:{node.lineno}"
     for what, most in zip(("conditional expressions", "comprehensions", "tuple assignments"), budget, strict=True):
         assert 1000 * counts[what] / lines <= most, what
 
@@ -188,8 +187,7 @@ def test_every_package_is_named_and_every_file_has_a_line_in_contributing():
     text = (ROOT / "CONTRIBUTING.md").read_text()
     files = [path for path in SOURCES.values() if path.stem != "__init__" and "example" not in path.stem]
     assert [path for path in files if f"`{path.relative_to(ROOT)}`" not in text] == []
-    tomllib = pytest.importorskip("tomllib")
-    told = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    told = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())
     assert {*told["project"]["scripts"].values()} == {"moco_lora:start"}
     named = told["tool"]["setuptools"]
     assert {*named["packages"]} == {name for name, path in SOURCES.items() if path.stem == "__init__"}

@@ -115,8 +115,7 @@ def test_a_wrapped_model_is_the_model_inside(path, wrap):
     assert add_lora_to_model(wrapped, r=2) is wrapped
     freeze_backbone_params(wrapped)
     assert model.heads.head.weight.requires_grad and not hasattr(model.heads.head, "lora_A")
-    fresh = saved_and_loaded(wrapped, path, adapted(plain()))
-    assert torch.equal(fresh(x), model(x))
+    assert torch.equal(saved_and_loaded(wrapped, path, adapted(plain()))(x), model(x))
 
 
 def test_a_model_whose_start_is_unknown_saves_everything(path):

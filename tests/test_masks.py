@@ -359,8 +359,7 @@ def test_targets_count_the_pixels_that_evaluation_sees(tmp_path):
     for i, (image, mask) in enumerate(whole):
         levels = torch.from_numpy(np.asarray(images[i][0]).copy()).permute(2, 0, 1)
         torch.testing.assert_close(image, levels / 127.5 - 1)
-        known = mask[mask != NO_LABEL]
-        assert torch.equal(torch.bincount(known, minlength=3).float(), images.targets[i])
+        assert torch.equal(torch.bincount(mask[mask != NO_LABEL], minlength=3).float(), images.targets[i])
         np.testing.assert_allclose(images.picture(i, 2), levels.permute(1, 2, 0)[::2, ::2] / 255)
 
 

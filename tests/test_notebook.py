@@ -94,5 +94,4 @@ def test_nine_sections_are_committed_as_executed_show_a_gain_and_say_each_number
     [before, after] = re.findall(r"\| (?:linear probe|this run).*? \| ([\d.]+%) \| \d+ of 359 \|", shown)
     assert float(after[:-1]) >= float(before[:-1]) + 5
     assert f"linear probe before   {before}" in shown and f"of 359 images, {after}" in shown
-    told = PERCENT.findall(texts)
-    assert {before, after} <= set(told) <= set(PERCENT.findall(shown))
+    assert {before, after} <= set(PERCENT.findall(texts)) <= set(PERCENT.findall(shown))

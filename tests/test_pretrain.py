@@ -214,8 +214,7 @@ def test_without_adapters_it_goes_on_in_all_weights(run, base):
     start = without_head(model.encoder_q.state_dict())
     assert (args.arch, args.image_size, args.moco_version) == ("vit_mini", 16, 3)
     assert_same(start, load_backbone(base, 1)[0].state_dict())
-    results = run(f"--checkpoint {base} --image-size 16 --epochs 1")
-    end = torch.load(results["checkpoint"])["model"]
+    end = torch.load(run(f"--checkpoint {base} --image-size 16 --epochs 1")["checkpoint"])["model"]
     fixed = {"encoder.pos_embedding", "conv_proj.weight", "conv_proj.bias"}  # as MoCo v3 keeps them
     assert {name for name in start if torch.equal(start[name], end[f"encoder_q.{name}"])} == fixed
 

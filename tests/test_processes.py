@@ -280,8 +280,7 @@ def find_together() -> None:
     def main(argv):
         distributed.join(CPU)
         rank = distributed.rank()
-        found = {find.__name__: find(rank) for find in TOGETHER}
-        torch.save(found, Path(argv[0]) / f"{rank}.pth")
+        torch.save({find.__name__: find(rank) for find in TOGETHER}, Path(argv[0]) / f"{rank}.pth")
 
     pretrain.main = main
 
@@ -418,8 +417,7 @@ def cached(rank: int) -> list:
     """The features of six images in two views, of which each process computed its share of batches of four."""
     views = [torch.arange(6.0)[:, None], 10 * torch.arange(6.0)[:, None]]
     shares = [[view[start : start + 4][rank::2] for start in (0, 4)] for view in views]
-    images = data.LabelledImages([], [0] * 6)
-    return cache.cache_features(images, shares, 4).source.flatten(1).tolist()
+    return cache.cache_features(data.LabelledImages([], [0] * 6), shares, 4).source.flatten(1).tolist()
 
 
 def test_both_find_the_same_which_one_finds_by_all_images(found):

@@ -140,8 +140,7 @@ def test_every_fine_tuning_command_runs(command, first_run, monkeypatch, tmp_pat
     small = SMALL[2:] if {"--task", "--resume"} & {*argv} else SMALL
     folder = first_run if "--resume" in argv else tmp_path
     results = finetune_lora.main([*argv, *small, "--output-dir", str(folder)])
-    parts = results.get("folds", [results])
-    assert [part["epochs"] for part in parts] == [1] * (5 if "--folds" in argv else 1)
+    assert [part["epochs"] for part in results.get("folds", [results])] == [1] * (5 if "--folds" in argv else 1)
 
 
 @pytest.mark.usefixtures("newcomer")  # in whose folder the published file lies

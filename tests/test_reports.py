@@ -189,8 +189,7 @@ def numbers() -> regression.NumberReport:
     answers = truth + torch.randn(20, 2)
     truth[0, 0] = math.nan
     answers[5, 1] = 100.0
-    task = Regression(["age", "weight"], truth)
-    return task.report(regression.NumberAnswers(0.1, answers, truth))
+    return Regression(["age", "weight"], truth).report(regression.NumberAnswers(0.1, answers, truth))
 
 
 def test_it_is_said_how_far_probabilities_can_be_believed(labels):

@@ -278,8 +278,7 @@ def test_a_config_with_a_changed_option_is_its_command_with_that(run, base, imag
     places = {"base": base, "images": images, "pairs": pairs, "file": tmp_path / "my.yaml"}
     command = [f"--checkpoint={base}", *RUNS[run].format(**places).split()]
     args, sources = read_options(command)
-    asked = options.stored_sections(args, sources)
-    run_state.write_config(path, asked, settled().settings(args))
+    run_state.write_config(path, options.stored_sections(args, sources), settled().settings(args))
     accepted = set()
     for action in finetune_lora.make_parser()._actions:
         for words in values_to_type(action):

@@ -53,8 +53,7 @@ def test_no_patient_is_on_two_sides(hospital):
 
 
 def test_groups_are_dealt_so_that_each_part_has_its_share_of_each_label():
-    rng = np.random.RandomState(0)
-    groups = rng.randint(0, 60, 600)
+    groups = np.random.RandomState(0).randint(0, 60, 600)
     labels = np.where(groups < 6, 1, 0) + 5  # a rare class, in six of the groups; labels need not begin at 0
     names = groups.astype(str)
     number = splitting.folds(labels, names, 3)

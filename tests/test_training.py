@@ -69,8 +69,7 @@ def test_a_step_is_adamw_on_the_dense_gradient_of_the_smoothed_loss(start):
     torch.nn.init.normal_(head.weight)
     torch.nn.init.normal_(head.bias)
     other = copy.deepcopy(head)
-    features = headless(run.model)(images).detach()
-    log_p = F.log_softmax(other(features), dim=1)
+    log_p = F.log_softmax(other(headless(run.model)(images).detach()), dim=1)
     expected = -(0.7 * log_p.gather(1, labels[:, None]).mean() + 0.3 * log_p.mean())
     groups = [{"params": other.weight, "weight_decay": 0.1}, {"params": other.bias, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-2)
@@ -359,8 +358,7 @@ def test_knn_accuracy_is_scikit_learns_of_votes_by_similarity(monkeypatch):
     for neighbours, there_are in ((7, 7), (1000, 40)):
         monkeypatch.setattr(evaluation, "NEIGHBOURS", neighbours)
         how = {"metric": "cosine", "weights": lambda distances: np.exp((1 - distances) / 0.1)}
-        votes = KNeighborsClassifier(there_are, **how)
-        expected = votes.fit(bank, labels).score(queries, targets)
+        expected = KNeighborsClassifier(there_are, **how).fit(bank, labels).score(queries, targets)
         assert evaluation.knn_accuracy(bank, labels, queries, targets) == pytest.approx(expected)
 
 
@@ -479,8 +477,7 @@ def test_a_short_run_searches_among_the_rates_that_it_can_train_at(monkeypatch):
     """Four steps lower all the others to nearly the same."""
     monkeypatch.setattr(search, "RATES", RATES)
     peaks = [rate / optim.run_divisor(FineTuneOptions(), rate, steps=4) for rate in RATES]
-    distinct = search.rates_that_differ(dict(zip(RATES, peaks, strict=True)).get)
-    assert distinct == [1e-5, 3e-5, 1e-4]
+    assert search.rates_that_differ(dict(zip(RATES, peaks, strict=True)).get) == [1e-5, 3e-5, 1e-4]
     assert search.rates_that_differ(lambda rate: rate**0.4) == list(RATES)  # at least 3^0.4 = 1.55 apart
     assert search.rates_that_differ(lambda rate: rate**0.35) == list(RATES[::2])  # 3^0.35 = 1.47
 

@@ -161,8 +161,7 @@ def test_below_five_labels_a_class_they_do_not_train(start, images, monkeypatch)
 
 def teacher_of(certainty=0.8, shares=(0.5, 0.25, 0.25)) -> Teacher:
     """A teacher of a linear network of two inputs and three classes, for four images."""
-    network = nn.Linear(2, 3)
-    found = Teacher(network, 4, 3, CPU, torch.float32)
+    found = Teacher(nn.Linear(2, 3), 4, 3, CPU, torch.float32)
     found.first_answers = torch.tensor([[0.6, 0.3, 0.1], [0.1, 0.8, 0.1], [0.2, 0.2, 0.6], [0.4, 0.3, 0.3]])
     found.begin()
     found.certainty = torch.tensor(certainty)
@@ -262,8 +261,7 @@ def test_what_was_answered_surely_stays_so_but_for_what_must_have_been_wrong():
     with mock.patch.object(teacher, "SUREST", 2):  # and one of each class at least
         assert found.surest().tolist() == [0, 1, 2]
     for certainty, changed, still_sure in ((0.99, 1, True), (0.7, 2, False), (0.66, 2, True)):
-        rest = (1 - certainty) / 2
-        found.first_answers = torch.full((4, 3), rest).fill_diagonal_(certainty)
+        found.first_answers = torch.full((4, 3), (1 - certainty) / 2).fill_diagonal_(certainty)
         found.first_answers[3, 0] = certainty
         logits = found.first_answers[found.surest()].log()
         logits[:changed] = torch.tensor([0.0, 9.0, 0.0])
@@ -314,9 +312,8 @@ def test_a_step_is_the_dense_gradient_of_both_losses(taught):
     logits = model(views)
     of_sure = counts[5:] @ F.cross_entropy(logits[5:], sure[5:], reduction="none")
     (F.cross_entropy(logits[:4], labels) + of_sure / 4).backward()
-    step = MicroBatches(iter([(views, labels, weak, places)]), 1, 4, True)
     with mock.patch.object(taught.teacher, "extend", lambda *_: (sure, counts)):
-        loss, _ = train_on(taught, step)
+        loss, _ = train_on(taught, MicroBatches(iter([(views, labels, weak, places)]), 1, 4, True))
     assert loss == pytest.approx(F.cross_entropy(logits[:4], labels, reduction="sum").item(), rel=1e-4)
     found, expected = [{name: p.grad for name, p in trained(each).items()} for each in (taught.model, model)]
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)

@@ -83,8 +83,7 @@ def install() -> None:
 
 
 def copied(storage: torch.UntypedStorage) -> torch.UntypedStorage:
-    room = torch.empty(storage.nbytes(), dtype=torch.uint8, device=storage.device)
-    return room.untyped_storage().copy_(storage)
+    return torch.empty(storage.nbytes(), dtype=torch.uint8, device=storage.device).untyped_storage().copy_(storage)
 
 
 def moved(storage: torch.UntypedStorage, device, non_blocking=False) -> torch.UntypedStorage:

@@ -64,8 +64,7 @@ def compare(first: Path, second: Path) -> list[Difference]:
     truth, kind = _truth(one)
     if not truth:
         raise InputError(f"{answers_path(first)} does not say what is true: evaluate again")
-    differing = [title for title in truth if (one[title] != other[title]).any()]
-    if differing:
+    if differing := [title for title in truth if (one[title] != other[title]).any()]:
         raise InputError(f"{first} and {second} do not agree on what is true: look at the column {listed(differing)}")
     if groups is None:
         groups = other_groups
@@ -96,8 +95,7 @@ def _truth(titles: Collection[str]) -> tuple[list[str], str | None]:
     """The columns of what is true, and what the columns of answers to it end with; None: these are classes."""
     # Of both endings the more frequent one: a label may be called as the column of another's answers.
     kind = max((lists.PROBABILITY, lists.ANSWER), key=lambda ending: sum(title + ending in titles for title in titles))
-    truth = [title for title in titles if title + kind in titles]
-    if truth:
+    if truth := [title for title in titles if title + kind in titles]:
         return truth, kind
     if "class" in titles and "answer" in titles:
         return ["class"], None

@@ -34,8 +34,7 @@ def begin_folder(folder: Path, about: dict, places: Sequence, endings: Sequence[
     if is_begun and not resume:
         raise InputError(f"{folder} has answers already: go on with --resume, or name another folder")
     earlier = files.read_json(path)
-    differing = [name for name, value in about.items() if is_begun and earlier.get(name) != value]
-    if differing:
+    if differing := [name for name, value in about.items() if is_begun and earlier.get(name) != value]:
         raise InputError(f"{folder}: its answers were made with other {listed(differing)}; name another folder")
     found = {}
     for place in places:
@@ -81,8 +80,7 @@ def places_of_images(images: data.LabelledImages, given: Sequence[Path], output:
                 inside = name.relative_to(folder)
         parts = [part for part in inside.parts if part != ".."]  # anybody may have named images in a list or archive
         places.append(output.joinpath(*parts[:-1], folders.without_suffix(parts[-1])))
-    twice = [place for place, count in Counter(places).items() if count > 1]
-    if twice:
+    if twice := [place for place, count in Counter(places).items() if count > 1]:
         raise InputError(f"--output {output}: several images would be written to {listed(twice)}; name them apart")
     for folder in dict.fromkeys(place.parent for place in places):
         if os.path.abspath(folder) in around:

@@ -145,8 +145,7 @@ class ImageList:
         # What .. leaves depends on links, so it stays.
         short = [str(PurePosixPath(name)) if "./" in name or "//" in name else name for name in names]
         files = [remote.located(root, name) for name in short]
-        missing = [name for name, file in zip(short, files, strict=True) if not remote.is_file(file)]
-        if missing:
+        if missing := [name for name, file in zip(short, files, strict=True) if not remote.is_file(file)]:
             raise self._error(f"{len(missing)} of its files are not in {self.folder}: {listed(missing)}{remedy}")
         label_of: dict[str, str] = {}
         torn = {}

@@ -68,8 +68,7 @@ def write_map(path, parts: Iterable, height: int, width: int, like: str | None, 
         extra.append((_GDAL_NODATA, "s", 0, str(NO_CLASS), True))
         look = {"photometric": "palette", "colormap": np.zeros((3, 256), np.uint16)}
         look["colormap"][:, : len(palette)] = np.round(palette.T * 65535)
-    items = "".join(f"<Item {where.format(i)}>{escape(name)}</Item>" for i, name in enumerate(names))
-    if items:
+    if items := "".join(f"<Item {where.format(i)}>{escape(name)}</Item>" for i, name in enumerate(names)):
         extra.append((_GDAL_METADATA, "s", 0, f"<GDALMetadata>{items}</GDALMetadata>".encode(), True))
     with files.open_atomically(path) as file:
         is_large = np.prod(shape, dtype=float) * first.dtype.itemsize > 2**31

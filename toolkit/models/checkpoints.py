@@ -407,8 +407,7 @@ def _find_image_size(source: _Source) -> int:
     """A ViT's position embedding implies the image size of the pretraining; this toolkit's file of a ResNet has it."""
     for name in source.weights.keys() & _POSITIONS:
         patch, tokens = _patch_and_tokens(_meta_model(source.arch))
-        side = _grid(source.weights[name], tokens)
-        if patch and side:
+        if patch and (side := _grid(source.weights[name], tokens)):
             return side * patch
     return _whole_number(source.info, "config/image_size") or names.default_image_size(source.arch)
 
@@ -482,8 +481,7 @@ def _check_match(source: _Source, weights: dict[str, torch.Tensor], model: nn.Mo
         for keys, problem in ((missing, "missing"), (surplus, "not expected"), (shapes, "of another shape")):
             if keys:
                 found += f"; {len(keys)} {problem}: {listed(keys)}"
-        likely = [arch for arch in ARCHS if arch != source.arch and _shapes(arch) == shapes_of(source.weights)]
-        if likely:
+        if likely := [arch for arch in ARCHS if arch != source.arch and _shapes(arch) == shapes_of(source.weights)]:
             found += f"; it looks like {likely[0]}: give the --checkpoint of a {source.arch}, or leave out --arch"
         elif is_path(source.path) and (hint := _hint_of_timm(source.path)):
             found = hint

@@ -151,11 +151,9 @@ _kept: ContextVar[MutableMapping[nn.Module, tuple] | None] = ContextVar("kept", 
 @contextlib.contextmanager
 def constants_kept() -> Iterator[None]:
     """Within this block `constant_scale_and_shift` computes what does not train once: five kernels a norm and step."""
-    before = _kept.set(weakref.WeakKeyDictionary())
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(_kept.reset, _kept.set(weakref.WeakKeyDictionary()))
         yield
-    finally:
-        _kept.reset(before)
 
 
 def constant_scale_and_shift(norm: _BatchNorm, mean: Tensor, var: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -45,8 +45,7 @@ def problems(args: Any, written: Iterable[str] = ()) -> Iterator[str]:
             yield f"{option} {path} would be overwritten: give another --output-dir"
     if places and not any(place.name in (MOVING, "folds") or says(place, OF_A_RUN) for place in places):
         yield f"{listed(places)}: not known to be of an earlier run: move that, or give another --output-dir"
-    inside = [place for place in _places_of_images(args) if folder.resolve().is_relative_to(place.resolve())]
-    if inside:
+    if inside := [place for place in _places_of_images(args) if folder.resolve().is_relative_to(place.resolve())]:
         yield f"--output-dir {folder} is among the images in {inside[0]}: name a folder outside"
 
 

@@ -351,8 +351,7 @@ def plot_pretraining(history: list[dict[str, Any]], path: Path) -> None:
     titles = {"loss": "contrastive loss", **measures.TITLES}
     panels = []
     for name in titles:
-        rows = [row for row in history if row[name] is not None]
-        if rows:
+        if rows := [row for row in history if row[name] is not None]:
             panels.append((name, rows))
     figure = new_figure(3.6 * len(panels), 3.2)
     for axes, (name, rows) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
