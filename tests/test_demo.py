@@ -152,7 +152,8 @@ def test_a_space_has_what_the_hub_reads(space, tmp_path):
     requirements = (space / "requirements.txt").read_text().split()
     assert "gradio>=6" in requirements and "torch>=2.6" in requirements and "timm>=1.0" not in requirements
     assert {"lora.pth", SHIPPED.name, "app.py", "LICENSE"} < {path.name for path in space.iterdir()}
-    assert "'--batch-size', '32', '--device', 'auto', '--precision', 'bf16', " in (space / "app.py").read_text()
+    words = "'--batch-size', '32', '--device', 'auto', '--precision', 'bf16', '--arithmetic', 'float', "
+    assert words in (space / "app.py").read_text()
     assert not list(space.rglob("__pycache__"))
 
 
