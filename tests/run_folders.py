@@ -2,7 +2,7 @@
 
 import contextlib
 import csv
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from unittest import mock
 
@@ -14,6 +14,7 @@ from lora_utils import read_adapter_file
 from toolkit import devices
 from toolkit.answers import probe, segmentation
 from toolkit.run import guard, loaders, runs, search, training
+from toolkit.run.training import column  # noqa: F401 - for tests
 
 # A run looks at each of the 21 training images once after an epoch, tries three strengths of nine for its probe, draws
 # fewer pixels, has no more steps than the images fill, not twelve, searches among two rates, and does not measure
@@ -66,10 +67,6 @@ def assert_identical(ours, theirs) -> None:
 def rows_of(path) -> list[dict[str, str]]:
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
-
-
-def column(rows: Iterable[Mapping], name: str) -> list:
-    return [row[name] for row in rows]
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:

@@ -158,8 +158,7 @@ def test_each_part_of_a_grouped_run_is_a_run_of_its_own_and_a_table_has_them_all
     scores = column(found["folds"], "val_accuracy")
     assert f"{statistics.mean(scores):.4f} ± {statistics.stdev(scores):.4f}" in printed
 
-    words = f"evaluate {own}/lora.pth {hospital}/scans --device cpu --output {tmp_path}/o.json"
-    deploy_lora.main(words.split())
+    deploy_lora.main(f"evaluate {own}/lora.pth {hospital}/scans --device cpu --output {tmp_path}/o.json".split())
     assert "in 20 groups; intervals are over groups" in capsys.readouterr().out
     assert (tmp_path / "o_answers.csv").read_text().startswith("image,group,class,")
 

@@ -494,6 +494,10 @@ def test_a_stopped_search_goes_on_and_its_run_is_that_of_what_it_finds(finetune,
         finetune(f"{common} auto", "stopped")
     with pytest.raises(InputError, match=r"belongs to a run with other settings \(finetune\.batch_size was 8, is 4\)"):
         finetune(f"{common} auto --batch-size 4 --resume", "stopped")
+    with pytest.raises(
+        InputError, match=r"last\.pth is of a search for a learning rate: resume with --learning-rate a"
+    ):
+        finetune(f"{common} 1e-3 --resume", "stopped")
     trials = spy(finetune_lora.TrialRun, "start")
     resumed = finetune(f"{common} auto --resume", "stopped")
     assert trials.call_count == 1

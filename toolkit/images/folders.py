@@ -79,10 +79,7 @@ class ImageFiles(Dataset):
     def __getitem__(self, i: int) -> Image.Image | np.ndarray:
         """Raises InputError for a file that is no image."""
         with named_faults(self.path(i)):
-            array = None
-            if self.kept is not None:
-                array = self.kept.get(i, 0)
-            if array is not None:
+            if self.kept is not None and (array := self.kept.get(i, 0)) is not None:
                 return Image.fromarray(array) if self.bands is None else array
             if self.bands is None:
                 image = self.opened(i)

@@ -198,7 +198,7 @@ def _tell(splits: Splits, source: Source, needs_val: bool, for_training_only: bo
 
 
 def _names(labels: Iterable[int], class_names: Sequence[str]) -> str:
-    return listed(class_names[label] for label in sorted(labels))
+    return listed(map(class_names.__getitem__, sorted(labels)))
 
 
 def load_unlabelled(data_dir=None, data_list: Sequence = (), skip_unreadable=False, bands=None) -> LabelledImages:

@@ -141,6 +141,8 @@ def state_of_same_run(args: Any, path: Path, keys: Collection, own: Mapping, fre
     if was != unlabelled and value_at(state, "images") not in (None, own["images"]):
         both = f"was {was or 'not given'} in the run of {path}, and is {unlabelled or 'not given'} now"
         raise InputError(f"--unlabelled {both}: resume with the same images, or start without --resume")
+    if None not in (value_at(state, "trials"), value_at(state, "config")) and "trials" not in keys:
+        raise InputError(f"{path} is of a search for a learning rate: resume with --learning-rate auto")
     if not isinstance(state, dict) or state.keys() != keys:
         raise InputError(f"{path} is not a last.pth of this version, or of these images; start without --resume")
     then = config.flat(state["config"])
